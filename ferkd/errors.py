@@ -1,0 +1,17 @@
+"""The ways in which ferkd says no. The command line turns them into one line of text and an exit status."""
+
+
+class InputError(ValueError):
+    """Wrong use or wrong input: what was found and what to do. Exit status 2."""
+
+
+class StoreError(InputError):
+    """A label store that is damaged, incomplete, of another format or of another dataset; names the file."""
+
+
+class CheckFailed(Exception):
+    """A check was carried out and said no (preflight, verify). Exit status 1."""
+
+
+class Stopped(Exception):
+    """Saved everything and stopped because it was asked to (SIGTERM): start the same command again. Exit status 75."""
