@@ -172,7 +172,8 @@ def _field(words: npt.NDArray[np.uint32], at: int, bits: int) -> npt.NDArray[np.
     value: npt.NDArray[np.uint32] = words[:, at // 32] >> np.uint32(at % 32)
     if at % 32 + bits > 32:
         value = value | words[:, at // 32 + 1] << np.uint32(32 - at % 32)
-    return value & np.uint32((1 << bits) - 1)
+    value &= np.uint32((1 << bits) - 1)
+    return value
 
 
 def share_grid(j: int, classes: int) -> tuple[float, float, int]:
