@@ -13,8 +13,9 @@ import functools
 import io
 import math
 import os
+import re
 import zlib
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ from ferkd.records import MAX_SIDE
 
 Interpolation = Literal["bilinear", "bicubic"]
 
-DECODER: dict[str, Any] = {"name": "Pillow", "version": PIL.__version__, "mode": "RGB", "exif_orientation": True}
+DECODER: dict[str, Any] = {"name": "Pillow", "version": PIL.__version__, "mode": "RGB", "apply_exif": True}
 """How photos become pixels, for a store's manifest."""
 
 RESAMPLER: dict[str, Any] = {"name": "torch.nn.functional.interpolate, uint8, antialias", "version": torch.__version__}
@@ -155,13 +156,21 @@ def _centre_crop(ratio: tuple[float, float], width: int, height: int) -> tuple[i
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def read_photo(path: str | os.PathLike[str]) -> bytes:
-    """A photo's bytes, read once: for `photo_crc` and `decode`. Raises InputError that names the path."""
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise InputError(f"{os.fspath(path)}: cannot be read: {error.strerror or error}") from error
+class Photo(NamedTuple):
+    """A decoded photo: `image` uint8 [3, H, W] and `crc`, the CRC32 of the file's bytes, as a store keeps it."""
+
+    image: Tensor
+    crc: int
+
+
+def read_photo(path: str | os.PathLike[str], *, apply_exif: bool = True, name: str | None = None) -> Photo:
+    """Reads a photo's bytes once, and decodes them. `name` is what errors call it (the path).
+
+    Raises InputError as `decode` does.
+    """
+    name = name or os.fspath(path)
+    data = _read(path, name)
+    return Photo(decode(data, apply_exif=apply_exif, name=name), zlib.crc32(data))
 
 
 def photo_crc(data: bytes) -> int:
@@ -169,30 +178,46 @@ def photo_crc(data: bytes) -> int:
     return zlib.crc32(data)
 
 
-def decode(photo: str | os.PathLike[str] | bytes, *, name: str | None = None, exif_orientation: bool = True) -> Tensor:
+def decode(photo: str | os.PathLike[str] | bytes, *, apply_exif: bool = True, name: str | None = None) -> Tensor:
     """Decodes a photo (a path or its bytes) to uint8 [3, H, W], RGB, laid out in memory as [H, W, 3].
 
-    EXIF orientation is applied unless `exif_orientation` is False (labels made by others were drawn without). `name` is what
-    errors call the bytes. Raises InputError for a photo that cannot be read or decoded, or with a side above 32,767 pixels.
+    EXIF orientation is applied unless `apply_exif` is False (labels made by others were drawn without). `name` is what errors
+    call the photo. Raises InputError for one that cannot be read or decoded, or with a side above 32,767 pixels; its text is the
+    same in every run, because a store keeps it as the reason why an image has no labels.
     """
     if isinstance(photo, bytes):
         data, name = photo, name or "a photo"
     else:
-        data, name = read_photo(photo), name or os.fspath(photo)
+        name = name or os.fspath(photo)
+        data = _read(photo, name)
     if not data:
         raise InputError(f"{name}: 0 bytes: the file is empty")
+    width = height = 0
     try:
         with PIL.Image.open(io.BytesIO(data)) as opened:
             width, height = opened.size
             if max(width, height) <= MAX_SIDE:  # refused below, before the pixels are decoded
-                image = (PIL.ImageOps.exif_transpose(opened) if exif_orientation else opened).convert("RGB")
+                image = (PIL.ImageOps.exif_transpose(opened) if apply_exif else opened).convert("RGB")
     except MemoryError:
         raise
+    except PIL.UnidentifiedImageError as error:  # its text holds an address in memory
+        raise InputError(f"{name}: not an image that Pillow can decode ({len(data):,} bytes); remove it or replace it") from error
     except Exception as error:  # Pillow's plug-ins raise what they like: OSError, SyntaxError, ValueError, struct.error, IndexError ...
-        raise InputError(f"{name}: cannot be decoded: {str(error).replace(name, 'the file') or type(error).__name__}") from error
+        raise InputError(f"{name}: cannot be decoded: {_ADDRESS.sub('', str(error)) or type(error).__name__}") from error
     if max(width, height) > MAX_SIDE:
         raise InputError(f"{name}: {width} x {height} pixels; sides up to {MAX_SIDE:,} are supported: scale the photo down")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+def _read(path: str | os.PathLike[str], name: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read: {error.strerror or error}") from error
 
 
 def take_crop(image: Tensor, box: Any, flip: bool, size: int, interpolation: Interpolation) -> Tensor:
