@@ -1,0 +1,177 @@
+"""Files that are there whole or not at all, also after a kill or a power cut, and the lock of a job that writes them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ferkd.errors import StoreError
+
+
+@contextlib.contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Turns an OSError of writing into a StoreError that names the file and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = ""
+            with contextlib.suppress(OSError):
+                free = f" ({shutil.disk_usage(path.parent).free:,} bytes free)"
+            what = f"the disk is full{free}; free some space"
+        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            what = f"cannot be written ({error.strerror}); make the folder writable or choose another --out"
+        else:
+            what = f"cannot be written ({error.strerror or error})"
+        raise StoreError(f"{path}: {what}. What was labelled so far is safe: run the same command again to go on") from error
+
+
+def write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_whole(path: Path, chunks: Iterable[bytes]) -> None:
+    """Writes a file so that it is there whole or not at all, also after a power cut."""
+    temporary = path.with_name(path.name + ".tmp")
+    with naming_file(path):
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            try:
+                for chunk in chunks:
+                    write_all(fd, chunk)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        except OSError:
+            with contextlib.suppress(OSError):  # half a file would only keep the disk full
+                temporary.unlink()
+            raise
+
+
+_HEARTBEAT_S = 10.0
+_STALE_S = 60.0
+
+
+class JobLock:
+    """One labelling job holds a store: flock on this machine; for others, which may not see it, host, pid and a heartbeat."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd = -1
+        self._pid = os.getpid()
+        host = socket.gethostname()
+        with naming_file(path):
+            while True:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    holder = _holder(os.pread(fd, 4096, 0))
+                    os.close(fd)
+                    if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                        raise
+                    raise StoreError(
+                        f"{path.parent}: another labeller is at work on it ({holder['pid']} on {holder['host']}); "
+                        "let it finish, or stop it first"
+                    ) from None
+                try:
+                    if os.fstat(fd).st_ino == os.stat(path).st_ino:
+                        break
+                except FileNotFoundError:
+                    pass
+                os.close(fd)  # its holder removed it just now: the lock is on a file that has no name any more
+        self._fd = fd
+        try:
+            self._check_other_host(host)
+            text = json.dumps({"host": host, "pid": os.getpid()}).encode()
+            with naming_file(path):
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, text, 0)
+                os.fsync(fd)
+        except BaseException:
+            os.close(fd)
+            self._fd = -1
+            raise
+        self._ended = threading.Event()
+        threading.Thread(target=self._beat, args=(fd, self._ended), name="store lock", daemon=True).start()
+        _held.add(self)
+
+    def _check_other_host(self, host: str) -> None:
+        """Refuses a lock of another machine whose heartbeat is fresh: flock may not reach across a network file system."""
+        holder = _holder(os.pread(self._fd, 4096, 0))
+        if holder["host"] in (host, None):
+            return
+        last = os.fstat(self._fd).st_mtime
+        probe = self._path.with_name("lock.tmp")  # the file system's own clock, which may differ from ours
+        with naming_file(probe):
+            probe.touch()
+            now = probe.stat().st_mtime
+            probe.unlink(missing_ok=True)
+        if now - last < _STALE_S:
+            raise StoreError(
+                f"{self._path.parent}: {holder['pid']} on {holder['host']} was at work on it {now - last:.0f} s ago; "
+                "let it finish or stop it; "
+                f"if it is dead, start again in {_STALE_S - (now - last):.0f} s"
+            )
+
+    @staticmethod
+    def _beat(fd: int, ended: threading.Event) -> None:
+        while not ended.wait(_HEARTBEAT_S):
+            with contextlib.suppress(OSError):  # a full or vanished disk is told where something is written
+                os.utime(fd)
+
+    def release(self) -> None:
+        if self._fd < 0 or os.getpid() != self._pid:
+            return
+        self._ended.set()
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+        os.close(self._fd)
+        self._fd = -1
+
+    def forget(self) -> None:
+        """In a forked child: lets go of the file, or the child (a loader's worker) would go on holding the lock of a killed parent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+_held: weakref.WeakSet[JobLock] = weakref.WeakSet()
+
+
+def _forget_locks() -> None:
+    for lock in list(_held):
+        lock.forget()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
+def _holder(text: bytes) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        holder = json.loads(text)
+        if isinstance(holder, dict):
+            return {"host": holder.get("host"), "pid": f"process {holder.get('pid')}"}
+    return {"host": None, "pid": "a process"}

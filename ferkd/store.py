@@ -1,0 +1,1063 @@
+"""A store of labels: a folder of manifest, image index and shards. docs/formats.md specifies every byte.
+
+LabelStore reads; StoreWriter writes, and can be killed at any moment and started again. Nothing here is ever unpickled, every
+read is checked against a CRC32, and a store appears whole or not at all: its manifest is written last.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import mmap
+import os
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ferkd.crops import CropSettings, draw_crops
+from ferkd.durable import JobLock, naming_file, sync_folder, write_all, write_whole
+from ferkd.errors import InputError, StoreError
+from ferkd.records import MAX_SIDE, BoxCodec, LabelCodec, Records, crop_bytes, label_words, unpack_boxes, unpack_labels
+
+if TYPE_CHECKING:
+    from ferkd.regions import RegionPolicy
+
+FORMAT = "ferkd-store"
+VERSION = 1
+UNIT_IMAGES = 64
+SHARD_BYTES = 64 << 20
+
+_ROW = struct.Struct("<IHHII")  # target, width, height, CRC32 of the photo, CRC32 of block + row + path
+_ROW_DTYPE = np.dtype([("target", "<u4"), ("width", "<u2"), ("height", "<u2"), ("photo_crc", "<u4"), ("crc", "<u4")])
+_INDEX_HEADER = struct.Struct("<8sIIQQ")  # magic, version, bytes a row, images, bytes of paths
+_INDEX_MAGIC = b"ferkdidx"
+_UNIT_HEADER = struct.Struct("<8sQQQIII")  # magic, job, first image, bytes of payload, images, CRC32 of payload, of the header so far
+_UNIT_MAGIC = b"ferkdunt"
+_ROWS_HEADER = struct.Struct("<8sQQQ32s")  # magic, first image, images, bytes of failures, SHA-256 of the shard
+_ROWS_MAGIC = b"ferkdrow"
+_OPEN_SHARDS = 256
+_SCAN_CROPS = 1 << 16
+
+
+def images_a_shard(image_bytes: int) -> int:
+    """The images of a full shard: as many as fit 64 MiB, in whole units of 64, and at least one unit."""
+    return max(UNIT_IMAGES, SHARD_BYTES // image_bytes // UNIT_IMAGES * UNIT_IMAGES)
+
+
+class PathTable:
+    """N relative paths, sorted by their bytes and distinct, as one blob and its N + 1 offsets: no Python object per path."""
+
+    def __init__(self, blob: bytes | mmap.mmap, offsets: npt.NDArray[np.uint64], start: int = 0) -> None:
+        self._blob, self._offsets, self._start = blob, offsets, start
+
+    @classmethod
+    def from_paths(cls, paths: Iterable[str]) -> PathTable:
+        """Sorts the paths; `/` separates, and what is not UTF-8 is carried as surrogates. So image numbers follow this order.
+
+        Raises InputError for no path, a repeated one, an absolute one or one that leaves its folder.
+        """
+        names = sorted(path.encode("utf-8", "surrogateescape") for path in paths)
+        if not names:
+            raise InputError("paths: there is no image")
+        for i, name in enumerate(names):
+            if not is_inside(name):
+                raise InputError(f"paths: {name!r} is not a path below the dataset's folder")
+            if i and names[i - 1] == name:
+                raise InputError(f"paths: {name!r} is named twice")
+        offsets = np.zeros(len(names) + 1, np.uint64)
+        np.cumsum([len(name) for name in names], out=offsets[1:])
+        return cls(b"".join(names), offsets)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def raw(self, i: int) -> bytes:
+        """Path i's bytes. Raises IndexError outside [0, N)."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"image {i} of {len(self)}")
+        return bytes(self._blob[self._start + int(self._offsets[i]) : self._start + int(self._offsets[i + 1])])
+
+    def __getitem__(self, i: int) -> str:
+        return self.raw(i).decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
+    def index_of(self, path: str) -> int:
+        """The number of a path, by bisection. Raises InputError when it is not in the table."""
+        wanted = path.encode("utf-8", "surrogateescape")
+        i = bisect.bisect_left(range(len(self)), wanted, key=self.raw)
+        if i == len(self) or self.raw(i) != wanted:
+            raise InputError(f"{path}: is not among the {len(self):,} images")
+        return i
+
+    def sha256(self) -> str:
+        """SHA-256 of the offsets (u64, little-endian) and then the paths' bytes."""
+        digest = hashlib.sha256(np.ascontiguousarray(self._offsets, "<u8").data)
+        for chunk in self.chunks():
+            digest.update(chunk)
+        return digest.hexdigest()
+
+    def chunks(self) -> Iterator[bytes]:
+        """The paths' bytes, one after the other without separators, a few megabytes at a time."""
+        end = self._start + int(self._offsets[-1])
+        for at in range(self._start, end, 1 << 22):
+            yield bytes(self._blob[at : min(at + (1 << 22), end)])
+
+    @property
+    def offsets(self) -> npt.NDArray[np.uint64]:
+        """[N + 1] uint64: path i is bytes offsets[i] to offsets[i + 1]."""
+        return self._offsets
+
+
+def is_inside(path: bytes) -> bool:
+    """Whether a path is relative and stays below its folder: no empty, `.` or `..` component, no NUL."""
+    return b"\0" not in path and not any(part in (b"", b".", b"..") for part in path.split(b"/"))
+
+
+# --- The manifest ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A shard as the manifest names it; `file` is relative to the store."""
+
+    file: str
+    images: int
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What manifest.json says. `sha256` is the manifest's own and names the store's whole content."""
+
+    images: int
+    crops: int
+    k: int
+    class_names: tuple[str, ...]
+    folders: Mapping[str, int]
+    box_codec: BoxCodec
+    label_codec: LabelCodec
+    crop_settings: CropSettings
+    temperature: float
+    batch_size: int
+    dataset: Mapping[str, str]
+    provenance: Mapping[str, Any]
+    resumed_with: tuple[str, ...]
+    shard_images: int
+    shards: tuple[Shard, ...]
+    index: Shard
+    failed: Mapping[str, str]
+    sha256: str
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def crop_bytes(self) -> int:
+        return crop_bytes(self.box_codec, self.label_codec, self.k, self.classes)
+
+    @property
+    def image_bytes(self) -> int:
+        return self.crops * self.crop_bytes
+
+
+_SEAL = re.compile(rb'"sha256": "([0-9a-f]{64})"\n\}\n\Z')
+
+
+def _sealed_json(content: Mapping[str, Any]) -> bytes:
+    """JSON whose last key is its own SHA-256: that of the same text with 64 zeros there."""
+    text = json.dumps({**content, "sha256": "0" * 64}, indent=1, ensure_ascii=True).encode() + b"\n"
+    head, _, tail = text.rpartition(b"0" * 64)
+    return head + hashlib.sha256(text).hexdigest().encode() + tail
+
+
+def _read_sealed(path: Path, whole_store: str) -> dict[str, Any]:
+    """Reads JSON written by _sealed_json, checking format, version and seal. `whole_store` is what to do when it is damaged."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise StoreError(f"{path}: is no JSON ({error}): it is damaged or was cut short; {whole_store}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise StoreError(f"{path}: does not say format {FORMAT!r}: this is not a store of labels; give the folder that ferkd label wrote")
+    if content.get("version") != VERSION:
+        raise StoreError(
+            f"{path}: format version {content.get('version')!r}, this ferkd reads version {VERSION}; "
+            "use the ferkd that wrote the store, or label again into another folder"
+        )
+    seal = _SEAL.search(text)
+    found = hashlib.sha256(text[: seal.start(1)] + b"0" * 64 + text[seal.end(1) :]).hexdigest() if seal else "none"
+    if not seal or found != seal[1].decode():
+        raise StoreError(
+            f"{path}: was edited or damaged (its text has SHA-256 {found[:16]}..., its last line says otherwise); {whole_store}"
+        )
+    return content
+
+
+def _read_manifest(store: Path) -> Manifest:
+    content = _read_sealed(store / "manifest.json", "fetch the store again, or label again into another folder")
+    try:
+        manifest = Manifest(
+            **{
+                name: content[name]
+                for name in ("images", "crops", "k", "box_codec", "label_codec", "temperature", "batch_size", "shard_images")
+            },
+            **{name: content[name] for name in ("folders", "dataset", "provenance", "failed", "sha256")},
+            class_names=tuple(content["class_names"]),
+            crop_settings=CropSettings(**content["crop_settings"]),
+            resumed_with=tuple(content["resumed_with"]),
+            shards=tuple(Shard(**shard) for shard in content["shards"]),
+            index=Shard(**content["index"]),
+        )
+        whole = sum(shard.images for shard in manifest.shards) == manifest.images
+        sizes = all(shard.bytes == shard.images * manifest.image_bytes for shard in manifest.shards)
+        files = all(shard.file == _shard_file(i) for i, shard in enumerate(manifest.shards)) and manifest.index.file == "index.bin"
+    except (KeyError, TypeError, AttributeError, InputError) as error:
+        raise StoreError(f"{store / 'manifest.json'}: lacks or misstates {error}; fetch the store again") from error
+    if not (whole and sizes and files):
+        raise StoreError(f"{store / 'manifest.json'}: its shards do not add up to its {manifest.images:,} images; fetch the store again")
+    return manifest
+
+
+def _shard_file(number: int) -> str:
+    return f"shards/shard-{number:05d}.bin"
+
+
+# --- Reading --------------------------------------------------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """What the index says of an image, without its labels. width = 0: the photo could not be read when it was to be labelled."""
+
+    path: str
+    target: int
+    width: int
+    height: int
+    photo_crc: int
+
+
+@dataclasses.dataclass(slots=True)
+class ImageLabels:
+    """An image's records: `label_words` [M, W] uint32 as they lie in the store (read-only), and what the index says of the image.
+
+    width = 0: the photo could not be read when it was to be labelled, and the words mean nothing.
+    """
+
+    image: int
+    path: str
+    target: int
+    width: int
+    height: int
+    photo_crc: int
+    label_words: npt.NDArray[np.uint32]
+    box_words: npt.NDArray[np.uint64] | None
+    crop_settings: CropSettings
+
+    def boxes(self, crops: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+        """The boxes [n, 4] int32 (left, top, width, height) and flips [n] bool of the crops numbered `crops` [n]."""
+        if self.width == 0:
+            raise StoreError(f"{self.path}: could not be read when the store was made, so it has no crops")
+        if self.box_words is not None:
+            return unpack_boxes(self.box_words[crops])
+        crops = np.asarray(crops)
+        if len(crops) and not 0 <= int(crops.min()) <= int(crops.max()) < len(self.label_words):
+            raise IndexError(f"crops {crops} of {len(self.label_words)}")
+        return draw_crops(self.crop_settings, self.image, crops, self.width, self.height)
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyScan:
+    """A store under a policy: `usable` [N] bool, the images with a crop that is not discarded; `counts` [3] int64, crops by Region."""
+
+    usable: npt.NDArray[np.bool_]
+    counts: npt.NDArray[np.int64]
+
+
+class _OpenShard:
+    """A file descriptor that lives as long as somebody uses it: one thread may forget a shard while another reads it."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, path: Path, size: int) -> None:
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise StoreError(f"{path}: is missing; {_REBUILD}") from error
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be opened: {error.strerror}") from error
+        _check_size(path, os.fstat(self.fd).st_size, size)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            os.close(self.fd)
+
+
+_REBUILD = "fetch it again, or delete it and run the same ferkd label command to rebuild it"
+
+
+def _check_size(path: Path, found: int, expected: int) -> None:
+    if found < expected:
+        raise StoreError(f"{path}: {found:,} bytes, the manifest says {expected:,}: the copy was cut short; {_REBUILD}")
+    if found > expected:
+        raise StoreError(f"{path}: {found:,} bytes, the manifest says {expected:,}: it is not this store's file; {_REBUILD}")
+
+
+class LabelStore:
+    """A finished store, opened for reading. Safe in forked and spawned workers and in threads; it pickles as its path.
+
+    Opening reads the manifest and maps the index, whatever the store's size. Raises StoreError, which names the file, for a store
+    that is missing, unfinished, edited, of another format version, or that lacks a shard or part of one.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not (self.path / "manifest.json").is_file():
+            if not self.path.is_dir():
+                raise StoreError(f"{self.path}: no such folder; give the folder that ferkd label wrote")
+            if (self.path / "job.json").is_file():
+                raise StoreError(f"{self.path}: labelling was not finished; run the same ferkd label command again to finish it")
+            raise StoreError(f"{self.path}: has no manifest.json: this is not a store of labels; give the folder that ferkd label wrote")
+        self.manifest = _read_manifest(self.path)
+        self._open_index()
+        for shard in self.manifest.shards:
+            try:
+                size = os.stat(self.path / shard.file).st_size
+            except FileNotFoundError as error:
+                raise StoreError(f"{self.path / shard.file}: is missing; {_REBUILD}") from error
+            except OSError as error:
+                raise StoreError(f"{self.path / shard.file}: cannot be opened: {error.strerror}") from error
+            _check_size(self.path / shard.file, size, shard.bytes)
+        m = self.manifest
+        self.crops, self.k, self.classes, self.class_names = m.crops, m.k, m.classes, m.class_names
+        self.box_codec, self.label_codec, self.crop_settings = m.box_codec, m.label_codec, m.crop_settings
+        self.folders = dict(m.folders)
+        self.manifest_sha256 = m.sha256
+        self.label_width = label_words(m.label_codec, m.k, m.classes)
+        self._image_bytes = m.image_bytes
+        self._box_bytes = m.image_bytes - 4 * m.crops * self.label_width
+        self._open: collections.OrderedDict[int, _OpenShard] = collections.OrderedDict()
+
+    def __reduce__(self) -> tuple[type[LabelStore], tuple[Path]]:
+        return LabelStore, (self.path,)
+
+    def __len__(self) -> int:
+        return self.manifest.images
+
+    def __repr__(self) -> str:
+        return f"LabelStore({str(self.path)!r}: {len(self):,} images x {self.crops} crops, k={self.k} of {self.classes} classes)"
+
+    @property
+    def exif_applied(self) -> bool:
+        """Whether photos are turned by their EXIF orientation before the boxes are cut."""
+        return bool(self.manifest.provenance.get("decoder", {}).get("apply_exif", True))
+
+    def _open_index(self) -> None:
+        m, path = self.manifest, self.path / "index.bin"
+        again = "fetch it again; without it the store must be labelled again into another folder"
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != m.index.bytes or size < _INDEX_HEADER.size:
+                    raise StoreError(f"{path}: {size:,} bytes, the manifest says {m.index.bytes:,}: the copy was cut short; {again}")
+                self._index = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError as error:
+            raise StoreError(f"{path}: is missing; {again}") from error
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be opened: {error.strerror}") from error
+        found = _INDEX_HEADER.unpack_from(self._index)
+        self._rows_at = _INDEX_HEADER.size + 8 * (m.images + 1)
+        self._paths_at = self._rows_at + _ROW.size * m.images
+        if found != (_INDEX_MAGIC, VERSION, _ROW.size, m.images, m.index.bytes - self._paths_at):
+            raise StoreError(f"{path}: its header says {found}, which does not fit the manifest's {m.images:,} images; {again}")
+        offsets: npt.NDArray[np.uint64] = np.frombuffer(self._index, "<u8", m.images + 1, _INDEX_HEADER.size)
+        self.paths = PathTable(self._index, offsets, self._paths_at)
+        self._rows = np.frombuffer(self._index, _ROW_DTYPE, m.images, self._rows_at)
+
+    @property
+    def targets(self) -> npt.NDArray[np.uint32]:
+        """The ground truth of every image, [N] uint32, read from the mapped index as it is used."""
+        targets: npt.NDArray[np.uint32] = self._rows["target"]
+        return targets
+
+    def entry(self, image: int) -> Entry:
+        """What the index says of an image. Only `read` checks it against its CRC32."""
+        return Entry(
+            self._path(image).decode("utf-8", "surrogateescape"), *_ROW.unpack_from(self._index, self._rows_at + _ROW.size * image)[:4]
+        )
+
+    def _path(self, image: int) -> bytes:
+        raw = self.paths.raw(image)
+        if not is_inside(raw):
+            raise StoreError(
+                f"{self.path / 'index.bin'}: image {image} is named {raw!r}, which is no path below the dataset's folder; fetch it again"
+            )
+        return raw
+
+    def _shard(self, number: int) -> _OpenShard:
+        shard = self._open.get(number)
+        if shard is None:
+            described = self.manifest.shards[number]
+            shard = self._open[number] = _OpenShard(self.path / described.file, described.bytes)
+            if len(self._open) > _OPEN_SHARDS:
+                with contextlib.suppress(KeyError):  # another thread was faster
+                    self._open.popitem(last=False)
+        elif len(self.manifest.shards) > _OPEN_SHARDS:
+            with contextlib.suppress(KeyError):
+                self._open.move_to_end(number)
+        return shard
+
+    def read(self, image: int) -> ImageLabels:
+        """An image's labels by one pread, checked against the index's CRC32. Raises StoreError when anything was changed."""
+        path = self._path(image)
+        number, at = divmod(image, self.manifest.shard_images)
+        size = self._image_bytes
+        block = os.pread(self._shard(number).fd, size, at * size)
+        row_at = self._rows_at + _ROW.size * image
+        row = self._index[row_at : row_at + _ROW.size]
+        target, width, height, photo_crc, expected = _ROW.unpack(row)
+        if len(block) != size or zlib.crc32(path, zlib.crc32(row[:12], zlib.crc32(block))) != expected:
+            raise StoreError(
+                f"{self.path / _shard_file(number)}: the labels of image {image} ({path.decode('utf-8', 'replace')}) do not have the CRC32 "
+                f"{expected:08x} that index.bin says: one of the two files was changed; {_REBUILD}"
+            )
+        words = np.frombuffer(block, "<u4", offset=self._box_bytes).reshape(self.crops, self.label_width)
+        boxes = np.frombuffer(block, "<u8", self.crops) if self._box_bytes else None
+        text = path.decode("utf-8", "surrogateescape")
+        return ImageLabels(image, text, target, width, height, photo_crc, words, boxes, self.crop_settings)
+
+    def unpack(self, words: npt.NDArray[np.uint32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """The ids [n, k] int64 and probabilities [n, k] float32 of label words [n, W]."""
+        return unpack_labels(words, self.label_codec, self.k, self.classes)
+
+    def records(self, words: npt.NDArray[np.uint32]) -> Records:
+        """Label words [B, W] as the loss takes them; memory is shared where the array is writable."""
+        import torch
+
+        words = np.require(words, np.uint32, ["C", "W"])
+        return Records(torch.from_numpy(words.view(np.int32)), self.label_codec, self.k, self.classes)
+
+    def blocks(self, first: int, last: int) -> Iterator[tuple[int, ImageLabels]]:
+        """Images first to last (exclusive) in order, each checked as `read` checks it."""
+        return ((image, self.read(image)) for image in range(first, last))
+
+    def scan(self, policy: RegionPolicy, progress: Callable[[int, int], None] | None = None) -> PolicyScan:
+        """Which images are usable under a policy, and how many crops fall in each region.
+
+        Reads the whole store once and keeps the answer in STORE/policies, if that can be written. `progress` is called with the
+        number of images done and the number of all.
+        """
+        cache = self.path / "policies" / f"{policy.fingerprint()}.npy"
+        key = bytes.fromhex(self.manifest_sha256)
+        cached = _read_scan(cache, key, len(self))
+        if cached is None:
+            cached = self._scan(policy, progress)
+            with contextlib.suppress(OSError):
+                cache.parent.mkdir(exist_ok=True)
+                _write_scan(cache, key, cached)
+        return cached
+
+    def _scan(self, policy: RegionPolicy, progress: Callable[[int, int], None] | None) -> PolicyScan:
+        import torch
+
+        from ferkd.regions import Region, confidence_of, region_of
+
+        n, m = len(self), self.crops
+        usable = np.zeros(n, np.bool_)
+        counts = np.zeros(len(Region), np.int64)
+        step = max(1, _SCAN_CROPS // m)
+        words = np.empty((step, m, self.label_width), np.uint32)
+        for first in range(0, n, step):
+            images: list[int] = []
+            for image in range(first, min(first + step, n)):
+                labels = self.read(image)
+                if labels.width:
+                    words[len(images)] = labels.label_words
+                    images.append(image)
+            if images:
+                ids, probs = self.unpack(words[: len(images)].reshape(-1, self.label_width))
+                target = torch.from_numpy(self.targets[images].astype(np.int64)).repeat_interleave(m)
+                confidence = confidence_of(torch.from_numpy(ids), torch.from_numpy(probs), target, self.classes, policy.confidence)
+                region = region_of(confidence, policy).numpy().reshape(-1, m)
+                usable[images] = (region != Region.DISCARDED).any(axis=1)
+                counts += np.bincount(region.ravel(), minlength=len(Region))
+            if progress:
+                progress(min(first + step, n), n)
+        return PolicyScan(usable, counts)
+
+    def check_integrity(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Reads every byte of the store and compares all hashes. Raises StoreError that names each damaged file, and images where possible.
+
+        `progress` is called with the number of files done and the number of all.
+        """
+        m = self.manifest
+        damage = []
+        for number, shard in enumerate((m.index, *m.shards)):
+            path = self.path / shard.file
+            if _sha256(path) != shard.sha256:
+                bad = self._damaged_images(number - 1) if number else []
+                of = f" ({len(bad):,} images: {', '.join(bad[:3])}{' ...' if len(bad) > 3 else ''})" if bad else ""
+                damage.append(f"{path}: its SHA-256 is not what the manifest says{of}")
+            if progress:
+                progress(number + 1, len(m.shards) + 1)
+        if damage:
+            raise StoreError("; ".join(damage) + f"; {_REBUILD}")
+
+    def _damaged_images(self, shard: int) -> list[str]:
+        first = shard * self.manifest.shard_images
+        damaged = []
+        for image in range(first, first + self.manifest.shards[shard].images):
+            try:
+                self.read(image)
+            except StoreError:
+                damaged.append(self.paths[image])
+        return damaged
+
+
+def _read_scan(cache: Path, key: bytes, images: int) -> PolicyScan | None:
+    """A kept scan, or None when there is none, it is damaged or it is of another store."""
+    try:
+        data: npt.NDArray[np.uint8] = np.load(cache, allow_pickle=False)
+        text = data.tobytes()
+    except (OSError, ValueError, EOFError):
+        return None
+    bits = (images + 7) // 8
+    if len(text) != 32 + 24 + bits + 4 or text[:32] != key or zlib.crc32(text[:-4]) != int.from_bytes(text[-4:], "little"):
+        return None
+    usable = np.unpackbits(np.frombuffer(text, np.uint8, bits, 56), count=images, bitorder="little").astype(np.bool_)
+    return PolicyScan(usable, np.frombuffer(text, "<i8", 3, 32).copy())
+
+
+def _write_scan(cache: Path, key: bytes, scan: PolicyScan) -> None:
+    text = key + scan.counts.astype("<i8").tobytes() + np.packbits(scan.usable, bitorder="little").tobytes()
+    text += zlib.crc32(text).to_bytes(4, "little")
+    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, np.frombuffer(text, np.uint8), allow_pickle=False)
+    os.replace(temporary, cache)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# --- Writing --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StorePlan:
+    """All that identifies a labelling job. Two plans that differ in more than device and software versions make different stores.
+
+    `targets` [N] integer: the ground truth of each image, in the order of `paths`. `folders`: class folder name -> class id.
+    `provenance` is JSON-able and holds teacher, preprocessing, software, decoder, resampler, device and the dataset's fingerprint;
+    differences in `device`, `software` and in the versions of `decoder` and `resampler` only warn on resuming.
+    Raises InputError for values that cannot be.
+    """
+
+    paths: PathTable
+    targets: npt.NDArray[Any]
+    crops: int
+    k: int
+    class_names: Sequence[str]
+    folders: Mapping[str, int]
+    box_codec: BoxCodec
+    label_codec: LabelCodec
+    crop_settings: CropSettings
+    batch_size: int
+    temperature: float
+    provenance: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        classes = len(self.class_names)
+        crop_bytes(self.box_codec, self.label_codec, self.k, classes)
+        targets = np.asarray(self.targets)
+        if targets.shape != (len(self.paths),) or targets.dtype.kind not in "iu":
+            raise InputError(f"targets: {targets.dtype} {targets.shape}; give one class id for each of the {len(self.paths):,} images")
+        if int(targets.min()) < 0 or int(targets.max()) >= classes:
+            raise InputError(f"targets: {int(targets.min())} to {int(targets.max())}; class ids run from 0 to {classes - 1}")
+        for name, highest in (("crops", 1 << 32), ("batch_size", 1 << 32)):
+            if not 1 <= getattr(self, name) < highest:
+                raise InputError(f"{name}: {getattr(self, name)}; give a whole number of at least 1")
+        try:
+            json.dumps(self.provenance, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"provenance: cannot be written as JSON: {error}") from error
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def image_bytes(self) -> int:
+        return self.crops * crop_bytes(self.box_codec, self.label_codec, self.k, self.classes)
+
+    @property
+    def shard_images(self) -> int:
+        return images_a_shard(self.image_bytes)
+
+    def job(self) -> dict[str, Any]:
+        """The plan as the manifest's first keys, in JSON's own types."""
+        job = {
+            "format": FORMAT,
+            "version": VERSION,
+            "images": len(self.paths),
+            "crops": self.crops,
+            "k": self.k,
+            "classes": self.classes,
+            "box_codec": self.box_codec,
+            "label_codec": self.label_codec,
+            "crop_settings": dataclasses.asdict(self.crop_settings),
+            "temperature": self.temperature,
+            "batch_size": self.batch_size,
+            "shard_images": self.shard_images,
+            "dataset": {
+                "paths_sha256": self.paths.sha256(),
+                "targets_sha256": hashlib.sha256(np.ascontiguousarray(self.targets, "<u4").data).hexdigest(),
+            },
+            "provenance": self.provenance,
+            "class_names": list(self.class_names),
+            "folders": dict(sorted(self.folders.items())),
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(job))
+        return plain
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledImage:
+    """One image's answer: size in pixels as cropped, CRC32 of the photo, `box_words` [M] uint64 (None when boxes are replayed) and
+    `label_words` [M, W] uint32. `failure`: why the photo could not be read, in words that are the same in every run; then the words
+    may be None and width and height are written as 0.
+    """
+
+    width: int
+    height: int
+    photo_crc: int
+    box_words: npt.NDArray[np.uint64] | None
+    label_words: npt.NDArray[np.uint32] | None
+    failure: str | None = None
+
+
+class StoreWriter:
+    """Writes a store, or goes on with one that was begun: units of 64 images, then whole shards, then index and manifest.
+
+    Everything written is safe when the call returns; a kill at any moment loses one unit at most, and the finished store is the same
+    to the byte. A shard that is missing or short in a finished store is written anew.
+
+    Raises StoreError when `out` holds something else or another labelling job (it names what differs), when another labeller is at
+    work on it, and when nothing can be written (disk full, read-only). Use it as a context manager, or call close().
+    """
+
+    def __init__(self, out: str | os.PathLike[str], plan: StorePlan) -> None:
+        self.path, self.plan = Path(out), plan
+        self._job = plan.job()
+        self._job_key = int.from_bytes(
+            hashlib.sha256(json.dumps({k: v for k, v in self._job.items() if k != "provenance"}, sort_keys=True).encode()).digest()[:8],
+            "little",
+        )
+        self._resumed_with: list[str] = []
+        self._shards = -(-len(plan.paths) // plan.shard_images)
+        self._done: set[int] = set()
+        self._parts: dict[int, _Part] = {}
+        with naming_file(self.path):
+            if self.path.exists() and not self.path.is_dir():
+                raise StoreError(f"{self.path}: is a file; give a folder")
+            known = {"lock", "shards", "policies", "job.json", "manifest.json", "index.bin"}
+            if self.path.is_dir() and not {"job.json", "manifest.json"} & set(os.listdir(self.path)):
+                others = sorted(name for name in os.listdir(self.path) if name not in known and not name.endswith(".tmp"))
+                if others:
+                    raise StoreError(f"{self.path}: holds {others[0]!r} and is not a store; give a new or empty folder")
+            (self.path / "shards").mkdir(parents=True, exist_ok=True)
+        self._lock = JobLock(self.path / "lock")
+        try:
+            self._resume()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the store free for others. What is written stays."""
+        for part in self._parts.values():
+            part.close()
+        self._parts.clear()
+        self._lock.release()
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do: the store has its manifest."""
+        return (self.path / "manifest.json").exists()
+
+    def _resume(self) -> None:
+        job_file, manifest_file = self.path / "job.json", self.path / "manifest.json"
+        if manifest_file.exists():
+            content = _read_sealed(manifest_file, "label into another folder")
+            self._compare(content, manifest_file)
+            self._resumed_with = content["resumed_with"]
+            if not self._damaged_shards():
+                self._clean()
+                return
+            self._unfinish()
+        elif job_file.exists():
+            content = _read_sealed(job_file, "delete the folder and label again")
+            differences = self._compare(content, job_file)
+            self._resumed_with = sorted({*content["resumed_with"], *differences})
+            if self._resumed_with != content["resumed_with"]:
+                self._write_job(content["provenance"])
+            self._job["provenance"] = content["provenance"]
+        else:
+            self._write_job(self._job["provenance"])
+        for shard in range(self._shards):
+            if self._is_done(shard):
+                self._done.add(shard)
+                continue
+            part = _Part(self._file(shard, ".part"), self._job_key, *self._range(shard), self.plan.image_bytes)
+            if part.next > part.first:
+                self._parts[shard] = part
+                if part.next > part.last:  # killed between the last unit and the whole shard
+                    self.finish_shard(shard)
+
+    def _write_job(self, provenance: Any) -> None:
+        write_whole(self.path / "job.json", [_sealed_json({**self._job, "provenance": provenance, "resumed_with": self._resumed_with})])
+
+    def _compare(self, found: Mapping[str, Any], file: Path) -> list[str]:
+        """Compares the job found with this one: StoreError for a difference, warnings (returned too) for those that are only told."""
+        told = []
+        for name, there, here in _differences(found, self._job):
+            text = f"{name}: {_short(here)} here, {_short(there)} there"
+            if name.split(".")[:2] in (["provenance", "device"], ["provenance", "software"]) or name in (
+                "provenance.decoder.version",
+                "provenance.resampler.version",
+            ):
+                told.append(text)
+            elif name.startswith("dataset."):
+                raise StoreError(
+                    f"{file}: is of another dataset ({name.split('_')[0].removeprefix('dataset.')} differ); choose another --out"
+                )
+            else:
+                raise StoreError(f"{file}: another labelling job: {text}; use the same settings, or choose another --out")
+        if told:
+            warnings.warn(
+                f"{self.path}: was begun with other hardware or software ({'; '.join(told)}); "
+                "the labels will agree closely, not to the bit",
+                stacklevel=4,
+            )
+        return [f"{text.split(' here, ')[0]}" for text in told]
+
+    # -- What there is to do
+
+    def _range(self, shard: int) -> tuple[int, int]:
+        """The shard's first and last image."""
+        first = shard * self.plan.shard_images
+        return first, min(first + self.plan.shard_images, len(self.plan.paths)) - 1
+
+    def _file(self, shard: int, suffix: str) -> Path:
+        return (self.path / _shard_file(shard)).with_suffix(suffix)
+
+    def missing(self) -> list[tuple[int, int, int]]:
+        """What is left, in order: (shard, the first image that is not safe yet, the shard's last image)."""
+        if self.finished:
+            return []
+        todo = []
+        for shard in range(self._shards):
+            if shard not in self._done:
+                first, last = self._range(shard)
+                part = self._parts.get(shard)
+                todo.append((shard, part.next if part else first, last))
+        return todo
+
+    def _is_done(self, shard: int) -> bool:
+        rows, shard_file = self._file(shard, ".rows"), self._file(shard, ".bin")
+        if not rows.exists():
+            return False
+        first, last = self._range(shard)
+        size = shard_file.stat().st_size if shard_file.exists() else 0
+        if size == (last - first + 1) * self.plan.image_bytes:
+            return True
+        warnings.warn(f"{shard_file}: {size:,} bytes, which is not the whole shard: it is labelled again", stacklevel=5)
+        with naming_file(rows):
+            rows.unlink()
+        return False
+
+    # -- Units and shards
+
+    def write_unit(self, shard: int, images: Sequence[LabelledImage]) -> None:
+        """Appends the shard's next images: 64, or the shard's last ones. They are safe when this returns.
+
+        Raises InputError for another number of images or words of a wrong shape, and StoreError when nothing can be written; then
+        nothing of the unit counts as written.
+        """
+        part = self._parts.get(shard)
+        if part is None:
+            if shard in self._done or not 0 <= shard < self._shards:
+                raise InputError(f"shard: {shard} is not missing; ask missing()")
+            part = self._parts[shard] = _Part(self._file(shard, ".part"), self._job_key, *self._range(shard), self.plan.image_bytes)
+        wanted = min(UNIT_IMAGES, part.last + 1 - part.next)
+        if len(images) != wanted:
+            raise InputError(f"images: {len(images)}; the next unit of shard {shard} has {wanted}")
+        rows, blocks, failures = [], [], {}
+        for number, image in enumerate(images, part.next):
+            block = self._block(image, number)
+            size = (0, 0) if image.failure is not None else (image.width, image.height)
+            start = _ROW.pack(int(self.plan.targets[number]), *size, image.photo_crc, 0)[:12]
+            crc = zlib.crc32(self.plan.paths.raw(number), zlib.crc32(start, zlib.crc32(block)))
+            rows.append(start + struct.pack("<I", crc))
+            blocks.append(block)
+            if image.failure is not None:
+                failures[str(number)] = image.failure
+        part.append(len(images), b"".join([*rows, *blocks, _failures_json(failures)]))
+
+    def _block(self, image: LabelledImage, number: int) -> bytes:
+        """The image's bytes in its shard: boxes, then labels; zeros when it failed."""
+        plan = self.plan
+        if image.failure is not None:
+            return bytes(plan.image_bytes)
+        if not (1 <= image.width <= MAX_SIDE and 1 <= image.height <= MAX_SIDE):
+            raise InputError(f"image {number}: {image.width} x {image.height} pixels; sides from 1 to {MAX_SIDE:,} can be stored")
+        shape = (plan.crops, label_words(plan.label_codec, plan.k, plan.classes))
+        labels, boxes = image.label_words, image.box_words
+        if labels is None or labels.shape != shape or labels.dtype != np.uint32:
+            raise InputError(
+                f"image {number}: label_words must be uint32 {shape}, not {None if labels is None else (labels.dtype, labels.shape)}"
+            )
+        if plan.box_codec == "replayed":
+            return np.ascontiguousarray(labels, "<u4").tobytes()
+        if boxes is None or boxes.shape != shape[:1] or boxes.dtype != np.uint64:
+            raise InputError(
+                f"image {number}: box_words must be uint64 {shape[:1]}, not {None if boxes is None else (boxes.dtype, boxes.shape)}"
+            )
+        return np.ascontiguousarray(boxes, "<u8").tobytes() + np.ascontiguousarray(labels, "<u4").tobytes()
+
+    def finish_shard(self, shard: int) -> None:
+        """Turns a shard whose units are all written into its file. Raises InputError when units are missing."""
+        if shard in self._done:
+            return
+        part = self._parts.get(shard)
+        first, last = self._range(shard)
+        if part is None or part.next <= last:
+            raise InputError(f"shard: {shard} lacks images {part.next if part else first} to {last}; write their units first")
+        rows: list[bytes] = []
+        failures: dict[str, str] = {}
+        digest = hashlib.sha256()
+
+        def blocks() -> Iterator[bytes]:
+            for images, payload in part.units():
+                end = images * (_ROW.size + self.plan.image_bytes)
+                rows.append(payload[: images * _ROW.size])
+                failures.update(json.loads(payload[end:] or b"{}"))
+                block = payload[images * _ROW.size : end]
+                digest.update(block)
+                yield block
+
+        write_whole(self._file(shard, ".bin"), blocks())
+        self._write_rows(shard, b"".join(rows), failures, digest.digest())
+        part.close()
+        del self._parts[shard]
+        self._done.add(shard)
+        with naming_file(part.path):
+            part.path.unlink()
+
+    def _write_rows(self, shard: int, rows: bytes, failures: Mapping[str, str], sha256: bytes) -> None:
+        first, last = self._range(shard)
+        why = _failures_json(failures)
+        text = _ROWS_HEADER.pack(_ROWS_MAGIC, first, last + 1 - first, len(why), sha256) + rows + why
+        write_whole(self._file(shard, ".rows"), [text, zlib.crc32(text).to_bytes(4, "little")])
+
+    def _read_rows(self, shard: int) -> tuple[bytes, dict[str, str], str]:
+        path = self._file(shard, ".rows")
+        first, last = self._range(shard)
+        with naming_file(path):
+            text = path.read_bytes()
+        whole = len(text) > _ROWS_HEADER.size and zlib.crc32(text[:-4]) == int.from_bytes(text[-4:], "little")
+        if not whole or _ROWS_HEADER.unpack_from(text)[:3] != (_ROWS_MAGIC, first, last + 1 - first):
+            raise StoreError(f"{path}: is damaged; delete it and run the same ferkd label command to label this shard again")
+        rows_end = _ROWS_HEADER.size + _ROW.size * (last + 1 - first)
+        failures: dict[str, str] = json.loads(text[rows_end:-4] or b"{}")
+        return text[_ROWS_HEADER.size : rows_end], failures, _ROWS_HEADER.unpack_from(text)[4].hex()
+
+    # -- The whole store
+
+    def finish(self, failed: Mapping[str, str] | None = None) -> LabelStore:
+        """Writes index and manifest when every shard is there, clears up, and opens the store.
+
+        `failed` (path -> reason) replaces the reasons that were given with the units. Raises InputError when shards are missing.
+        """
+        if not self.finished:
+            todo = self.missing()
+            if todo:
+                raise InputError(f"{self.path}: {len(todo)} of {self._shards} shards are not labelled yet; write them before finish()")
+            paths = self.plan.paths
+            shards = []
+            all_rows = []
+            reasons: dict[str, str] = {}
+            for shard in range(self._shards):
+                rows, failures, sha256 = self._read_rows(shard)
+                all_rows.append(rows)
+                reasons.update({paths[int(image)]: reason for image, reason in failures.items()})
+                images = len(rows) // _ROW.size
+                shards.append(dataclasses.asdict(Shard(_shard_file(shard), images, images * self.plan.image_bytes, sha256)))
+            reasons.update({path: reason for path, reason in (failed or {}).items() if path in reasons})
+            head = _INDEX_HEADER.pack(_INDEX_MAGIC, VERSION, _ROW.size, len(paths), int(paths.offsets[-1]))
+            offsets = np.ascontiguousarray(paths.offsets, "<u8").tobytes()
+            digest, size = hashlib.sha256(), 0
+
+            def index() -> Iterator[bytes]:
+                nonlocal size
+                for chunk in (head, offsets, *all_rows, *paths.chunks()):
+                    digest.update(chunk)
+                    size += len(chunk)
+                    yield chunk
+
+            write_whole(self.path / "index.bin", index())
+            content = {**self._job, "resumed_with": self._resumed_with, "shards": shards}
+            content["index"] = dataclasses.asdict(Shard("index.bin", len(paths), size, digest.hexdigest()))
+            content["failed"] = dict(sorted(reasons.items()))
+            write_whole(self.path / "manifest.json", [_sealed_json(content)])
+            self._clean()
+        self.close()
+        return LabelStore(self.path)
+
+    def _clean(self) -> None:
+        """Removes what only labelling needs."""
+        with naming_file(self.path):
+            for name in os.listdir(self.path / "shards"):
+                if name.endswith((".rows", ".part", ".tmp")):
+                    (self.path / "shards" / name).unlink()
+            for name in ("job.json", "job.json.tmp", "index.bin.tmp", "manifest.json.tmp"):
+                (self.path / name).unlink(missing_ok=True)
+
+    def _damaged_shards(self) -> list[int]:
+        """The shards of a finished store that are missing or not of their size."""
+        damaged = []
+        for shard in range(self._shards):
+            first, last = self._range(shard)
+            file = self._file(shard, ".bin")
+            if not file.exists() or file.stat().st_size != (last + 1 - first) * self.plan.image_bytes:
+                damaged.append(shard)
+        return damaged
+
+    def _unfinish(self) -> None:
+        """Makes a finished store with damaged shards one that is being labelled and lacks just these."""
+        manifest = _read_manifest(self.path)
+        index = self.path / "index.bin"
+        if not index.exists() or _sha256(index) != manifest.index.sha256:
+            raise StoreError(
+                f"{index}: is missing or damaged, so that the other shards cannot be kept; fetch it again, or label into another folder"
+            )
+        data = index.read_bytes()
+        rows_at = _INDEX_HEADER.size + 8 * (manifest.images + 1)
+        numbers = {path: self.plan.paths.index_of(path) for path in manifest.failed}
+        self._job["provenance"] = dict(manifest.provenance)
+        self._write_job(self._job["provenance"])
+        damaged = set(self._damaged_shards())
+        for shard, described in enumerate(manifest.shards):
+            if shard in damaged:
+                self._file(shard, ".rows").unlink(missing_ok=True)
+                continue
+            first, last = self._range(shard)
+            rows = data[rows_at + _ROW.size * first : rows_at + _ROW.size * (last + 1)]
+            failures = {str(numbers[path]): reason for path, reason in manifest.failed.items() if first <= numbers[path] <= last}
+            self._write_rows(shard, rows, failures, bytes.fromhex(described.sha256))
+        with naming_file(self.path):
+            (self.path / "manifest.json").unlink()
+            sync_folder(self.path)
+
+
+def _failures_json(failures: Mapping[str, str]) -> bytes:
+    """Why images failed, image number -> reason, in the numbers' order; nothing at all when none did."""
+    ordered = {image: failures[image] for image in sorted(failures, key=int)}
+    return json.dumps(ordered, separators=(",", ":")).encode() if ordered else b""
+
+
+def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The settings in which two jobs differ, as (dotted name, found, wanted); keys that only `found` has at its top are not the plan's."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in wanted if not name else sorted({*found, *wanted}):
+            yield from _differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+    elif found != wanted:
+        yield name, found, wanted
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class _Part:
+    """A shard's units while it is being labelled: checksummed, appended one by one. What follows the last whole unit is cut off."""
+
+    def __init__(self, path: Path, job: int, first: int, last: int, image_bytes: int) -> None:
+        self.path, self._job, self.first, self.last, self._image_bytes = path, job, first, last, image_bytes
+        self.next = first
+        self._size = 0
+        self._fd = -1
+        if path.exists():
+            with naming_file(path):
+                self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            for images, payload in self.units():
+                self.next += images
+                self._size += _UNIT_HEADER.size + len(payload)
+
+    def units(self) -> Iterator[tuple[int, bytes]]:
+        """(images, payload) of the whole units, in order, up to the first that is cut short or damaged."""
+        at, image = 0, self.first
+        while image <= self.last:
+            head = os.pread(self._fd, _UNIT_HEADER.size, at)
+            if len(head) < _UNIT_HEADER.size:
+                return
+            magic, job, first, size, images, payload_crc, head_crc = _UNIT_HEADER.unpack(head)
+            if (magic, job, first, head_crc) != (_UNIT_MAGIC, self._job, image, zlib.crc32(head[:-4])):
+                return
+            payload = os.pread(self._fd, size, at + _UNIT_HEADER.size)
+            if len(payload) != size or zlib.crc32(payload) != payload_crc:
+                return
+            yield images, payload
+            image += images
+            at += _UNIT_HEADER.size + size
+
+    def append(self, images: int, payload: bytes) -> None:
+        head = _UNIT_HEADER.pack(_UNIT_MAGIC, self._job, self.next, len(payload), images, zlib.crc32(payload), 0)[:-4]
+        with naming_file(self.path):
+            if self._fd < 0:
+                self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                sync_folder(self.path.parent)
+            try:
+                os.ftruncate(self._fd, self._size)
+                os.lseek(self._fd, self._size, os.SEEK_SET)
+                write_all(self._fd, head + zlib.crc32(head).to_bytes(4, "little") + payload)
+                os.fsync(self._fd)
+            except OSError:
+                with contextlib.suppress(OSError):  # best effort: what is left of the unit would be cut off later anyway
+                    os.ftruncate(self._fd, self._size)
+                raise
+        self._size += _UNIT_HEADER.size + len(payload)
+        self.next += images
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
