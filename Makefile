@@ -1,0 +1,55 @@
+# Every target does its own set-up in .venv: `make demo` and `make test` work on a fresh clone.
+#
+#   TORCH_INDEX   a PyTorch package index, to choose a CPU or CUDA build
+#   PYTHON        the interpreter to build the environment from; a torch it can import is used as it is
+#   DATA, TEACHER your photographs and a model for them, instead of the demo's digits
+
+PYTHON ?= python3
+TORCH ?= "torch>=2.11,<2.15" torchvision
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_OUT ?= demo-run
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
+
+.PHONY: build lint type test bench demo clean
+
+build: $(VENV)/.dev
+
+$(BIN)/python:
+	@if $(PYTHON) -c "import torch" 2>/dev/null; then \
+		echo "using the torch that $(PYTHON) has"; $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else $(PYTHON) -m venv $(VENV); fi
+
+$(VENV)/.torch: $(BIN)/python
+	@$(BIN)/python -c "import torch" 2>/dev/null || { echo "installing PyTorch (some minutes)"; $(BIN)/python -m pip install -q $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)); }
+	@$(BIN)/python -m pip install -q "setuptools>=80" wheel ninja
+	@touch $@
+
+# What is built once serves both; the stamps remember which dependencies are in.
+$(VENV)/.dev: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[demo]"
+	@touch $@
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(VENV)/.dev
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m bench.bench_loss
+	$(BIN)/python -m bench.bench_store
+
+demo: $(VENV)/.demo
+	$(BIN)/ferkd demo --out $(DEMO_OUT) $(if $(DATA),--data $(DATA)) $(if $(TEACHER),--teacher $(TEACHER))
+
+clean:
+	rm -rf $(VENV) build *.egg-info ferkd/*.so $(DEMO_OUT)

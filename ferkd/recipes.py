@@ -1,0 +1,163 @@
+"""Every setting of a training run in one frozen dataclass, and named settings as plain functions that return one.
+
+`ferkd train --recipe NAME` starts from a recipe; flags then change single settings. The resolved settings are saved with the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Literal
+
+from ferkd.errors import InputError
+from ferkd.mixing import Mixing
+from ferkd.regions import RegionPolicy
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How a student is trained. One epoch is as many crops as there are usable images (FKD's counting); batches are counted in crops."""
+
+    # ---- length and batches
+    epochs: float = 100.0
+    batch_size: int = 256
+    """Crops a step, over all processes."""
+    crops_per_image: int = 4
+    """m: crops taken from one decoded photograph."""
+    single_crop_epochs: float | None = None
+    """The last epochs, which take one crop an image. Default: m, as FKD does."""
+    single_crop_warmup: bool = False
+    """Whether the warm-up epochs take one crop an image (FKD's ViT recipe)."""
+
+    # ---- student's input
+    image_size: int | None = None
+    """Pixels, square. Default: what the student was made for."""
+    eval_crop_pct: float | None = None
+    """Evaluation shows the middle image_size pixels after resizing the shorter side to image_size / this. Default: the student's own."""
+    min_scale: float = 0.08
+    """Smallest area of a fresh crop, as a share of the photograph; for training without labels."""
+
+    # ---- labels
+    policy: RegionPolicy = RegionPolicy()
+    mixing: Mixing = Mixing()
+    temperature: float = 1.0
+    tail: Literal["smooth", "renorm"] = "smooth"
+    tau_squared: bool = False
+
+    # ---- optimiser
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.1
+    """The highest learning rate, for this batch size: nothing is rescaled behind your back."""
+    weight_decay: float = 1e-4
+    decay_norms_and_biases: bool = True
+    """Whether weight decay acts on vectors too (normalisation and biases)."""
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_epochs: float = 0.0
+    min_lr: float = 0.0
+    lr_step: Literal["step", "pass"] = "step"
+    """`pass` holds the rate constant while the images are visited once, as FKD's epoch counter does."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient."""
+    drop_path: float = 0.0
+    ema_decay: float | None = None
+    """Decay a step of a moving average of the weights, which is then what is evaluated and saved."""
+
+    # ---- machine
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    channels_last: bool = True
+    compile: bool = False
+    """torch.compile the forward pass and loss. Off by default: on a CPU it is slower."""
+    impl: Literal["auto", "cuda", "triton", "cpu", "reference"] = "auto"
+    workers: int | None = None
+    """Loader processes. Default: one a core but one, at most 8."""
+    cache: Literal["none", "decoded"] = "none"
+    """`decoded` keeps every decoded photograph in shared memory."""
+    seed: int = 0
+
+    # ---- what is written, and when
+    eval_every: float = 10.0
+    """Epochs between evaluations and checkpoints; the end is always evaluated."""
+    log_every: int = 50
+    """Steps between lines of the log."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "lr", "temperature", "eval_every"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise InputError(f"{name}: {getattr(self, name)} is not a positive number")
+        for name in ("batch_size", "crops_per_image", "log_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: {getattr(self, name)} is less than 1")
+        for name in ("weight_decay", "warmup_epochs", "min_lr", "momentum"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise InputError(f"{name}: {getattr(self, name)} is not a number of at least 0")
+        if self.batch_size % self.crops_per_image:
+            raise InputError(
+                f"batch_size: {self.batch_size} crops are no multiple of crops_per_image {self.crops_per_image}; "
+                "make it one (FKD: 1024 = 256 x 4)"
+            )
+        if self.warmup_epochs > self.epochs:
+            raise InputError(f"warmup_epochs: {self.warmup_epochs} are more than the {self.epochs} epochs of training")
+        if self.min_lr > self.lr:
+            raise InputError(f"min_lr: {self.min_lr} is above lr {self.lr}")
+        if not 0.0 < self.min_scale <= 1.0:
+            raise InputError(f"min_scale: {self.min_scale} is not a share of the photograph's area; give a number above 0, at most 1")
+        if self.eval_crop_pct is not None and not 0.0 < self.eval_crop_pct <= 1.0:
+            raise InputError(f"eval_crop_pct: {self.eval_crop_pct} is not a share; give a number above 0, at most 1")
+        if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
+            raise InputError(f"ema_decay: {self.ema_decay} is not between 0 and 1")
+        if self.image_size is not None and self.image_size < 1:
+            raise InputError(f"image_size: {self.image_size} pixels; give at least 1")
+
+    def learning_rate(self, epoch: float) -> float:
+        """The rate after `epoch` epochs' worth of crops: linear warm-up from lr / 100, then a cosine down to min_lr."""
+        if epoch < self.warmup_epochs:
+            return self.lr * max(0.01, epoch / self.warmup_epochs)
+        progress = min(1.0, (epoch - self.warmup_epochs) / max(self.epochs - self.warmup_epochs, 1e-9))
+        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def default() -> TrainConfig:
+    """A start for photographs of any kind: SGD, cosine, 4 crops an image."""
+    return TrainConfig(warmup_epochs=5.0, weight_decay=5e-5, decay_norms_and_biases=False)
+
+
+def small_images() -> TrainConfig:
+    """CIFAR-like pictures of at most 64 pixels, where a small batch and the whole picture at evaluation do best."""
+    return TrainConfig(
+        epochs=60.0, batch_size=128, warmup_epochs=2.0, weight_decay=5e-4, eval_crop_pct=1.0, cache="decoded", decay_norms_and_biases=False
+    )
+
+
+def fkd_resnet50() -> TrainConfig:
+    """FKD's ResNet-50 recipe: SGD 0.1, momentum 0.9, weight decay 1e-4, 300 epochs of cosine, 1,024 = 256 x 4 crops a step."""
+    return TrainConfig(
+        epochs=300.0, batch_size=1024, crops_per_image=4, lr=0.1, weight_decay=1e-4, lr_step="pass", image_size=224, amp="bf16"
+    )
+
+
+def fkd_vit() -> TrainConfig:
+    """FKD's ViT recipe: AdamW 0.002, weight decay 0.05, 5 warm-up epochs of one crop an image, down to 1e-5, drop-path 0.1."""
+    return TrainConfig(
+        epochs=300.0, batch_size=1024, crops_per_image=4, optimizer="adamw", lr=0.002, weight_decay=0.05, warmup_epochs=5.0,
+        single_crop_warmup=True, min_lr=1e-5, lr_step="pass", drop_path=0.1, image_size=224, decay_norms_and_biases=False, amp="bf16",
+    )  # fmt: skip
+
+
+def ferkd_resnet50() -> TrainConfig:
+    """FKD's ResNet-50 recipe with FerKD's rule. The paper's thresholds are not published: these are placeholders of ours, so inspect your
+    store and choose (`ferkd inspect`)."""
+    return dataclasses.replace(fkd_resnet50(), policy=RegionPolicy(discard_below=0.05, calibrate_below=0.15, confidence="max"))
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    recipe.__name__: recipe for recipe in (default, small_images, fkd_resnet50, fkd_vit, ferkd_resnet50)
+}
+
+
+def recipe(name: str) -> TrainConfig:
+    """The settings of a named recipe. Raises InputError for an unknown name."""
+    if name not in RECIPES:
+        raise InputError(f"recipe: {name!r} is unknown; choose one of {', '.join(RECIPES)}")
+    return RECIPES[name]()
