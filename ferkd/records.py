@@ -205,22 +205,22 @@ def _share_codes(probs: npt.NDArray[np.float64], classes: int) -> list[npt.NDArr
     codes: list[npt.NDArray[np.uint32]] = []
     before = np.zeros(n)  # the sum of the earlier p
     left = np.ones(n)  # what the decoder will have left
-    previous = np.full(n, np.inf)  # the p that the decoder found before
+    first = np.full(n, np.inf)  # the p_1 that the decoder will find
     for j in range(k):
         lowest, step, top = share_grid(j, classes)
         room = 1.0 - before
         with np.errstate(divide="ignore", invalid="ignore"):
             r = np.where(room > 0.0, np.minimum(probs[:, j] / room, 1.0), 0.0)
             code = 1.0 + np.rint((np.log(r) - np.log1p(-r) - lowest) / step)
-            # Rounding must not lift p_j above p_(j-1), or a near tie would change the teacher's answer: the highest code that may be used.
-            most = np.minimum(previous / left * (1.0 - 1e-5), 1.0)
+            # Rounding must not lift p_j above p_1, or a near tie would change the teacher's answer: the highest code that may be used.
+            most = np.minimum(first / left * (1.0 - 1e-5), 1.0)
             limit = 1.0 + np.floor((np.log(most) - np.log1p(-most) - lowest) / step)
         code = np.clip(np.minimum(np.clip(code, 1, top), limit), 0, top)
         # r below half of the smallest that a code stands for, 1 / (C + 1), is nearer to none at all.
         code = np.where(r < 0.5 / (classes + 1), 0.0, code)
         codes.append(code.astype(np.uint32))
         share = np.where(code == 0, 0.0, 1.0 / (1.0 + np.exp(-(lowest + (code - 1.0) * step))))
-        previous = left * share
+        first = left * share if j == 0 else first
         left = left * (1.0 - share)
         before = before + probs[:, j]
     return codes
