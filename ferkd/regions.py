@@ -91,8 +91,19 @@ def confidence_of(ids: Tensor, probs: Tensor, target: Tensor | None, classes: in
         raise InputError("target: None, but confidence 'target' needs the ground truth of every crop")
     k = ids.shape[-1]
     is_target = ids == target[..., None]
-    tail_share = (1.0 - probs.sum(dim=-1)).clamp_min(0.0) / max(classes - k, 1)
-    return torch.where(is_target.any(dim=-1), torch.where(is_target, probs, 0.0).sum(dim=-1), tail_share)
+    tail_share = (1.0 - sum_in_order(probs)).clamp_min(0.0) / max(classes - k, 1)
+    return torch.where(is_target.any(dim=-1), sum_in_order(torch.where(is_target, probs, 0.0)), tail_share)
+
+
+def sum_in_order(probs: Tensor) -> Tensor:
+    """The sum over the last dimension, added from first to last as every kernel adds it.
+
+    torch.sum may add in another order, and a last bit decides a region when a confidence lies on a threshold.
+    """
+    total = torch.zeros_like(probs[..., 0])
+    for j in range(probs.shape[-1]):
+        total = total + probs[..., j]
+    return total
 
 
 def region_of(confidence: Tensor, policy: RegionPolicy) -> Tensor:
@@ -106,3 +117,47 @@ def region_of(confidence: Tensor, policy: RegionPolicy) -> Tensor:
     region[confidence < calibrate] = Region.CALIBRATED
     region[(confidence < below) | (confidence > above)] = Region.DISCARDED  # last: discarding wins
     return region
+
+
+BANDS = 20
+"""Confidence bands of a report: [0, 0.05), ..., [0.95, 1]."""
+
+SCALES = (0.0, 0.08, 0.15, 0.25, 0.35, 0.5, 0.75, 1.0)
+"""Edges of the bands of crop scale (area of the crop / area of the photograph) in a report."""
+
+
+@dataclasses.dataclass
+class RegionStatistics:
+    """What a store's crops look like under a policy. `agree` counts crops whose most probable class is the ground truth."""
+
+    policy: RegionPolicy
+    images: int = 0
+    images_without_survivor: int = 0
+    regions: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(3, dtype=torch.int64))  # crops by Region
+    region_agree: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(3, dtype=torch.int64))
+    band_crops: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(BANDS, dtype=torch.int64))
+    band_agree: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(BANDS, dtype=torch.int64))
+    scale_crops: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(len(SCALES) - 1, dtype=torch.int64))
+    scale_agree: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(len(SCALES) - 1, dtype=torch.int64))
+    scale_confidence: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(len(SCALES) - 1, dtype=torch.float64))  # sums
+
+    @property
+    def crops(self) -> int:
+        return int(self.regions.sum())
+
+    def add_image(self, ids: Tensor, probs: Tensor, target: int, scale: Tensor, classes: int) -> None:
+        """Count one image's crops: ids [M, k] int64, probs [M, k] float32, the ground truth, scale [M] (area share of each crop)."""
+        confidence = confidence_of(ids, probs, torch.full((len(ids),), target), classes, self.policy.confidence)
+        region = region_of(confidence, self.policy).long()
+        agree = (ids[:, 0] == target).long()
+        self.images += 1
+        self.images_without_survivor += int(bool((region == Region.DISCARDED).all()))
+        self.regions += torch.bincount(region, minlength=3)
+        self.region_agree += torch.zeros(3, dtype=torch.int64).index_add_(0, region, agree)
+        band = (confidence * BANDS).long().clamp(0, BANDS - 1)
+        self.band_crops += torch.bincount(band, minlength=BANDS)
+        self.band_agree += torch.zeros(BANDS, dtype=torch.int64).index_add_(0, band, agree)
+        place = torch.bucketize(scale, torch.tensor(SCALES[1:-1]), right=True)
+        self.scale_crops += torch.bincount(place, minlength=len(SCALES) - 1)
+        self.scale_agree += torch.zeros_like(self.scale_agree).index_add_(0, place, agree)
+        self.scale_confidence += torch.zeros_like(self.scale_confidence).index_add_(0, place, confidence.double())

@@ -1,0 +1,251 @@
+"""The torch.library operators: schemas, fakes, autograd and the choice of backend. The only file that knows backends.
+
+Every backend is one op of the same schema, so that a graph or a profile shows which one ran: `ferkd::loss_reference`,
+`ferkd::loss_cpu`. The gradient is computed in the forward and kept for the backward, which multiplies it by the upstream gradient.
+
+    loss, grad, region, correct, logsumexp = torch.ops.ferkd.loss_cpu(logits, labels, probs, target, ...)
+
+    logits      [B, C] float32, float64, bfloat16 or float16; the last stride 1, rows may be strided
+    labels      [B, W] int32 words of records, or [B, k] int64 ids when codec is "pairs"
+    probs       [B, k] float32 or float64 with "pairs", else None
+    target      [B] int64
+    partner     [B] int64, lam [B] float32, or both None
+    normalizer  0-dim float32 or None: what the mean divides by instead of sum S
+    upstream    0-dim float32 or None: the upstream gradient, promised beforehand and already in `grad`
+    loss        0-dim, or [B] for reduction "none"; float32, float64 for float64 logits
+    grad        [B, C] contiguous, of the logits' dtype; [0] unless with_grad
+    region      [B] int8, correct [B] bool, logsumexp [B] like the loss; [0] unless stats
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ferkd import reference
+from ferkd.errors import InputError
+
+logger = logging.getLogger("ferkd")
+
+IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
+
+_SCHEMA = (
+    "(Tensor logits, Tensor labels, Tensor? probs, Tensor target, Tensor? partner, Tensor? lam, Tensor? normalizer, Tensor? upstream, "
+    "str codec, int k, float discard_below, float calibrate_below, float discard_above, float smoothing, str confidence, "
+    "float temperature, str tail, str reduction, bool tau_squared, bool with_grad, bool stats, bool validate) "
+    "-> (Tensor loss, Tensor grad, Tensor region, Tensor correct, Tensor logsumexp)"
+)
+_ARGUMENTS = _SCHEMA[: _SCHEMA.index("->")].count(",") + 1
+_UPSTREAM, _REDUCTION = 7, 17  # positions in the schema
+
+_library = torch.library.Library("ferkd", "DEF")
+for _name in ("loss_reference", "loss_cpu"):
+    _library.define(_name + _SCHEMA, tags=torch.Tag.pt2_compliant_tag)
+_library.define("scale_(Tensor(a!) grad, Tensor upstream) -> ()", tags=torch.Tag.pt2_compliant_tag)
+_library.define("cpu_isa() -> str")
+
+
+# ------------------------------------------------------------------------------------------------ backends
+
+
+def _load(module: str) -> str | None:
+    """Imports an extension module, which registers its operators; why that failed, or None."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        build = "`pip install --no-build-isolation -e .` or `python setup.py build_ext --inplace`"
+        return f"{module} is not importable ({error}); build it: {build}"
+    return None
+
+
+_NO_CPU = _load("ferkd._C")
+_NO_CUDA = _load("ferkd._C_cuda")
+
+
+def why_not(impl: str, device: str) -> str | None:
+    """Why a backend cannot run on logits of a device type ("cpu", "cuda"), or None when it can."""
+    if impl == "reference":
+        return None
+    if impl == "cpu":
+        return f"the logits are on {device}" if device != "cpu" else _NO_CPU
+    if impl == "triton" and importlib.util.find_spec("ferkd.kernels") is None:
+        return "ferkd.kernels is not importable; install it: `pip install --no-build-isolation -e .`"
+    if impl == "cuda" and _NO_CUDA is not None:
+        return _NO_CUDA
+    return "its loss kernel is not written yet"
+
+
+_said: set[tuple[str, str]] = set()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def choose(impl: str, device: str) -> str:
+    """The backend to run: `impl` itself, or for "auto" the fastest one that can run, said once on the logger "ferkd".
+
+    Raises InputError for an unknown name and for a named backend that cannot run, with the reason: nothing falls back in silence.
+    """
+    if impl not in IMPLS:
+        raise InputError(f"impl: {impl!r} is unknown; choose one of {', '.join(IMPLS)}")
+    if impl != "auto":
+        reason = why_not(impl, device)
+        if reason is not None:
+            raise InputError(f"impl: {impl!r} cannot run here: {reason}")
+        return impl
+    reasons = {}
+    for candidate in ("cpu",) if device == "cpu" else ("cuda", "triton"):
+        reason = why_not(candidate, device)
+        if reason is None:
+            if (candidate, device) not in _said:
+                _said.add((candidate, device))
+                logger.info("ferkd_loss on %s runs its `%s` backend", device, candidate)
+            return candidate
+        reasons[candidate] = reason
+    if ("reference", device) not in _said:
+        _said.add(("reference", device))
+        logger.warning(
+            "ferkd_loss on %s runs its slow `reference` backend: %s", device, "; ".join(f"{name}: {why}" for name, why in reasons.items())
+        )
+    return "reference"
+
+
+def cpu_isa() -> str:
+    """The instruction set the CPU kernel uses: "plain", "avx2" or "avx512"; the environment variable FERKD_CPU overrides it."""
+    if _NO_CPU is not None:
+        raise InputError(f"cpu_isa: {_NO_CPU}")
+    return str(torch.ops.ferkd.cpu_isa())
+
+
+# ------------------------------------------------------------------------------------------------ fakes and Python implementations
+
+torch.library.impl("ferkd::loss_reference", "CompositeExplicitAutograd", reference.loss, lib=_library)
+
+
+def _fake(logits: Tensor, *rest: Any) -> reference.Answer:
+    reduction, _, with_grad, stats, _ = rest[_REDUCTION - 1 :]
+    rows, classes = logits.shape
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    counted = rows if stats else 0
+    return reference.Answer(
+        loss=logits.new_empty(rows if reduction == "none" else (), dtype=wide),
+        grad=logits.new_empty((rows, classes) if with_grad else 0),
+        region=logits.new_empty(counted, dtype=torch.int8),
+        correct=logits.new_empty(counted, dtype=torch.bool),
+        logsumexp=logits.new_empty(counted, dtype=wide),
+    )
+
+
+@torch.library.impl("ferkd::scale_", "CompositeExplicitAutograd", lib=_library)
+def _scale_(grad: Tensor, upstream: Tensor) -> None:
+    """grad [B, C] times upstream, 0-dim or [B], in place; ferkd._C_cuda does it on a GPU in one launch."""
+    if upstream.device.type == "cpu" and bool((upstream == 1).all()):
+        return
+    grad.copy_(_scaled(grad, upstream))
+
+
+def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
+    """A copy of the stored gradient times the upstream gradient, formed in float32 (float64) before it is rounded to grad's dtype."""
+    return (grad * upstream.reshape(-1, 1) if grad.dtype == upstream.dtype else grad.to(upstream.dtype) * upstream.reshape(-1, 1)).to(
+        grad.dtype
+    )
+
+
+# ------------------------------------------------------------------------------------------------ autograd
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad, upstream = output[1], inputs[_UPSTREAM]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad, upstream)
+
+
+def _setup_raw(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _setup(ctx, inputs, output)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, upstream: Tensor | None, second: Tensor | None = None, *_: Any) -> tuple[Tensor | None, ...]:
+    """The stored gradient times the upstream gradient: scaled in place where that cannot be noticed, else a scaled copy."""
+    if second is not None:
+        raise RuntimeError("ferkd_loss: it is differentiable once; its gradient was itself differentiated (create_graph=True, nested grad)")
+    nothing = (None,) * (_ARGUMENTS - 1)
+    if upstream is None:
+        return (None, *nothing)
+    grad, promised = ctx.saved_tensors
+    if grad.dim() != 2:
+        raise RuntimeError("ferkd_loss: the op was run with with_grad=False and has no gradient")
+    alone = _owned_by_this_backward(grad, upstream)
+    if promised is not None:
+        _assert_promise(upstream, promised, grad)
+        return (grad.detach() if alone else grad.clone(), *nothing)
+    if not alone:
+        return (_scaled(grad, upstream), *nothing)
+    torch.ops.ferkd.scale_(grad.detach(), upstream)
+    return (grad.detach(), *nothing)
+
+
+def _owned_by_this_backward(grad: Tensor, upstream: Tensor) -> bool:
+    """Whether nothing but this backward will ever see the stored gradient: the graph is not kept, nothing traces or compiles."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(grad) is not Tensor or type(upstream) is not Tensor:
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    if wrapped(grad) or wrapped(upstream):
+        return False
+    keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # a private name: it may go
+    return keep_graph is not None and not keep_graph()
+
+
+def _assert_promise(upstream: Tensor, promised: Tensor, grad: Tensor) -> None:
+    kept = (upstream == promised).all()
+    message = "ferkd_loss: the gradient that reached the loss is not the `upstream` promised in the forward"
+    if grad.device.type == "cpu" and type(kept) is Tensor and not torch.compiler.is_compiling():
+        if not bool(kept):
+            raise RuntimeError(f"{message} ({upstream.flatten()[:1].tolist()[0]} instead of {promised.item()})")
+        return
+    torch._assert_async(kept, message)
+
+
+class _Loss(torch.autograd.Function):
+    """The op with an own setup_context: torch.func refuses the class that register_autograd generates.
+
+    Here `grad` stays differentiable although nobody is handed it: a second differentiation then reaches `_backward`, which
+    refuses it, instead of finding a constant.
+    """
+
+    @staticmethod
+    def forward(impl: str, *arguments: Any) -> Any:
+        try:
+            return tuple(_OPS[impl](*arguments))
+        except ValueError as error:  # std::invalid_argument
+            raise InputError(str(error)) from None
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _setup(ctx, inputs[1:], output)
+        ctx.mark_non_differentiable(*output[2:])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        return (None, *_backward(ctx, *upstream))
+
+
+_OPS = {}
+for _name in ("loss_reference", "loss_cpu"):
+    torch.library.register_fake(f"ferkd::{_name}", _fake, lib=_library)
+    torch.library.register_autograd(f"ferkd::{_name}", _backward, setup_context=_setup_raw, lib=_library)
+    _OPS[_name.removeprefix("loss_")] = getattr(torch.ops.ferkd, _name).default
+torch.library.register_fake("ferkd::scale_", lambda grad, upstream: None, lib=_library)
+
+
+def loss(impl: str, *arguments: Any) -> reference.Answer:
+    """Runs a chosen backend on checked arguments, in the schema's order; differentiable with respect to the logits, once.
+
+    Raises InputError when the data are wrong (always on a CPU, under validate=True on a GPU).
+    """
+    if torch.compiler.is_compiling():
+        return reference.Answer(*_OPS[impl](*arguments))
+    return reference.Answer(*_Loss.apply(impl, *arguments))
