@@ -627,7 +627,7 @@ class StorePlan:
             "box_codec": self.box_codec,
             "label_codec": self.label_codec,
             "crop_settings": dataclasses.asdict(self.crop_settings),
-            "temperature": self.temperature,
+            "temperature": float(self.temperature),
             "batch_size": self.batch_size,
             "shard_images": self.shard_images,
             "dataset": {
