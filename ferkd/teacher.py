@@ -1,4 +1,4 @@
-"""Loading a teacher (or a student) with its preprocessing, from a SPEC; saving and reading a run's weights; the preflight.
+"""Loading a teacher (or a student) with its preprocessing, from a SPEC; saving and reading a run's weights.
 
 SPEC is `timm:NAME`, `torchvision:NAME`, `run:DIR` (a student trained by ferkd) or `python:MODULE:CALLABLE`. timm and torchvision are
 imported only when a SPEC asks for them. Weights never bring code with them: files are read as safetensors or with weights_only=True.
@@ -20,16 +20,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ferkd.crops import Interpolation
 from ferkd.errors import InputError
+from ferkd.folders import IMAGENET_VARIANTS, class_mapping, wordnet_ids
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +98,8 @@ class LoadedModel:
     """A model ready to be shown images.
 
     `class_names`: by class index, None when nobody names them. `outputs`: the number of classes C. `assumed`: the preprocessing keys that
-    the model's source did not give and that were filled in by default. `weights_sha256`: see weights_sha256().
+    the model's source did not give and that were filled in by default. `weights_sha256`: see weights_sha256(). `own_size`: the input size
+    that the source gives, where `preprocessing` was told another.
     """
 
     model: nn.Module
@@ -106,6 +109,7 @@ class LoadedModel:
     weights_sha256: str
     outputs: int
     assumed: tuple[str, ...] = ()
+    own_size: int | None = None
 
 
 def load_teacher(spec: str, weights: Path | None = None, input_size: int | None = None) -> LoadedModel:
@@ -133,9 +137,11 @@ def load_model(
         if weights is not None or num_classes is not None:
             raise InputError(f"{spec}: a run brings its own weights and classes; name the architecture (timm:NAME) to load others")
         loaded = load_run(Path(spec.removeprefix("run:")))
+        own = loaded.preprocessing.input_size
         if input_size is not None:
             loaded = dataclasses.replace(loaded, preprocessing=dataclasses.replace(loaded.preprocessing, input_size=input_size))
-        return dataclasses.replace(loaded, spec=spec, outputs=_count_outputs(loaded.model, loaded.preprocessing.input_size, spec))
+        outputs = _count_outputs(loaded.model, loaded.preprocessing.input_size, spec)
+        return dataclasses.replace(loaded, spec=spec, outputs=outputs, own_size=own)
 
     state, metadata = read_weights(weights) if weights is not None else (None, {})
     download = pretrained and state is None
@@ -154,7 +160,9 @@ def load_model(
     names = built.class_names if built.class_names is not None and len(built.class_names) == outputs else None
     if built.class_names is not None and names is None and num_classes is None and spec.startswith("python:"):
         raise InputError(f"{spec}: names {len(built.class_names):,} classes but answers {outputs:,}; name every output once")
-    return LoadedModel(built.model, preprocessing, names, spec, weights_sha256(built.model), outputs, built.assumed)
+    assumed = tuple(key for key in built.assumed if key != "input_size" or input_size is None)
+    own_size = None if "input_size" in built.assumed else built.preprocessing.input_size
+    return LoadedModel(built.model, preprocessing, names, spec, weights_sha256(built.model), outputs, assumed, own_size)
 
 
 def build_model(
@@ -195,7 +203,7 @@ def load_run(path: Path) -> LoadedModel:
         raise InputError(f"{path}: its architecture is {architecture!r}, another run")
     model, _ = build_model(architecture, num_classes=len(classes), input_size=preprocessing.input_size)
     _fit_state(model, state, str(path))
-    return LoadedModel(model, preprocessing, classes, f"run:{path}", weights_sha256(model), len(classes))
+    return LoadedModel(model, preprocessing, classes, f"run:{path}", weights_sha256(model), len(classes), (), preprocessing.input_size)
 
 
 def save_weights(
@@ -257,6 +265,62 @@ def weights_sha256(model: nn.Module) -> str:
         if flat.numel():
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+# ---- Answers -------------------------------------------------------------------------------------------------------------------
+
+
+ClassChoice = Literal["teacher", "folder"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherClasses:
+    """Which of the teacher's outputs are kept, and which of these each folder means.
+
+    `names`: the C names of the classes kept, by class id; a folder's class carries the folder's name. `columns`: int64 [C], the
+    teacher's output of each, None when all are kept in their order. `class_of_folder`: int64 [F], the class id of each folder.
+    """
+
+    choice: ClassChoice
+    names: tuple[str, ...]
+    columns: Tensor | None
+    class_of_folder: NDArray[np.int64]
+
+    def select(self, logits: Tensor) -> Tensor:
+        """[B, outputs] -> [B, C]."""
+        return logits if self.columns is None else logits.index_select(1, self.columns.to(logits.device))
+
+
+def choose_classes(choice: ClassChoice, folders: Sequence[str], teacher: LoadedModel) -> TeacherClasses:
+    """`teacher`: all of the teacher's outputs; `folder`: only the folders' classes, in the sorted order of the folders, so that the softmax
+    is over these alone. Raises InputError when a folder has no class (see folders.class_mapping)."""
+    mapping = class_mapping(folders, teacher.class_names, teacher.outputs)
+    outputs = np.array([mapping[folder] for folder in folders], np.int64)
+    if choice == "folder":
+        if len(folders) < 2:
+            raise InputError(f"classes: 'folder' leaves {len(folders)} class; a label needs at least 2: use --classes teacher")
+        order = sorted(range(len(folders)), key=lambda i: folders[i])
+        class_of_folder = np.empty(len(folders), np.int64)
+        class_of_folder[order] = np.arange(len(folders))
+        return TeacherClasses("folder", tuple(folders[i] for i in order), torch.from_numpy(outputs[order]), class_of_folder)
+    names = list(teacher.class_names or [])
+    if not names and teacher.outputs in IMAGENET_VARIANTS and any(folder.startswith("n") for folder in folders):
+        names = wordnet_ids(teacher.outputs)
+    names = names or [f"class {i}" for i in range(teacher.outputs)]
+    for folder, output in zip(folders, outputs, strict=True):
+        names[output] = folder
+    return TeacherClasses("teacher", tuple(names), None, outputs)
+
+
+def answer_logits(model: nn.Module, preprocessing: Preprocessing, pixels: Tensor, autocast: torch.dtype | None = None) -> Tensor:
+    """All of the model's outputs, float32 [B, outputs], for uint8 pixels [B, 3, S, S] on the model's device. No gradients."""
+    with torch.inference_mode():
+        if autocast is None:
+            logits: Tensor = model(preprocessing.normalise(pixels))
+        else:
+            with torch.autocast(pixels.device.type, autocast):
+                logits = model(preprocessing.normalise(pixels))
+        return logits.float()
 
 
 # ---- Weights files -------------------------------------------------------------------------------------------------------------
