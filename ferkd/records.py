@@ -149,7 +149,7 @@ def unpack_labels(
         else:
             ids = words[:, :k]
             pairs = words[:, k:]
-            halves = np.stack([pairs & np.uint32(0xFFFF), pairs >> np.uint32(16)], axis=2).reshape(len(words), -1)[:, :k]
+            halves = np.stack([pairs & np.uint32(0xFFFF), pairs >> np.uint32(16)], axis=2).reshape(len(words), 2 * pairs.shape[1])[:, :k]
         return ids.astype(np.int64), halves.astype(np.uint16).view(np.float16).astype(np.float32)
     bits = id_bits(classes)
     ids64 = np.empty((len(words), k), np.int64)
