@@ -61,7 +61,8 @@ def permuted(positions: np.ndarray, size: int, *key: int, inverse: bool = False)
                 left, right = right ^ (keyed_hash(*key, r, left) & mask), left
             else:
                 left, right = right, left ^ (keyed_hash(*key, r, right) & mask)
-        return (left << shift) | right
+        joined: npt.NDArray[np.uint64] = (left << shift) | right
+        return joined
 
     values = network(np.asarray(positions, np.uint64))
     while (outside := values >= size).any():
@@ -272,7 +273,7 @@ class DecodedPhotos:
         self.shapes = [tuple(photo.shape[1:]) for photo in photos]
         self.ends = np.cumsum([0] + [photo.numel() for photo in photos])
         self.block = torch.empty(size, dtype=torch.uint8)
-        self.block.share_memory_()  # type: ignore[no-untyped-call]  # one copy for all loader workers
+        self.block.share_memory_()  # one copy for all loader workers
         for photo, start, end in zip(photos, self.ends[:-1], self.ends[1:], strict=True):
             self.block[start:end] = photo.permute(1, 2, 0).reshape(-1)
 
@@ -392,6 +393,7 @@ def training_loader(dataset: Dataset[ImageCrops], sampler: StreamSampler, worker
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
         worker_init_fn=one_thread,
+        generator=torch.Generator(),  # else starting the loader would draw from the global one, which a resumed run must find untouched
     )
 
 

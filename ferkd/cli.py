@@ -1,0 +1,270 @@
+"""The command line: one small function a command. `python -m ferkd` and `ferkd` are the same.
+
+Exit status: 0 done; 1 a check said no; 2 wrong use or input; 75 saved and stopped on SIGTERM, start the same command again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from ferkd import __version__
+from ferkd.errors import CheckFailed, InputError, Stopped
+from ferkd.regions import RegionPolicy
+
+Settings = TypeVar("Settings")
+
+COMMANDS = {
+    "label": "let a teacher label many crops of every photograph, once",
+    "inspect": "show what a store's labels look like, and what thresholds would do",
+    "train": "train a student on stored labels, or on hard labels without them",
+    "eval": "top-1 and top-5 of trained weights, or of a teacher",
+    "demo": "the whole way on a small dataset, with a table and pictures",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    json: bool = False
+    """Print the result as JSON on stdout."""
+    debug: bool = False
+    """On an error show where it came from."""
+
+
+def label(arguments: Sequence[str]) -> None:
+    """Label crops of every photograph in DATA/train with a teacher and store its answers in a folder.
+
+    May be stopped at any moment (also by kill -9) and started again: the finished store is the same, byte for byte.
+
+    Example: ferkd label --data photos --teacher timm:resnet50.a1_in1k --out labels --crops 200
+    """
+    from ferkd.labeling import LabelSettings
+    from ferkd.labeling import label as run_labelling
+
+    settings, output = _parse(label, LabelSettings, arguments)
+    store = run_labelling(settings)
+    if output.json:
+        summary: dict[str, Any] = {"store": str(settings.out)}
+        if store is not None:
+            summary |= {"images": len(store), "crops": len(store) * store.crops, "classes": store.classes, "k": store.k}
+        print(json.dumps(summary))
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectSettings:
+    store: Annotated[Path, tyro.conf.Positional]
+    """The label store."""
+    policy: RegionPolicy = RegionPolicy()
+    data: Path | None = None
+    """The dataset's folder, to draw crops on its photographs."""
+    pictures: Path | None = None
+    """Folder for pictures: the confidence histogram, and with --data the crops."""
+
+
+def inspect(arguments: Sequence[str]) -> None:
+    """Count a store's crops by region, confidence and scale under a policy, before training with it.
+
+    Example: ferkd inspect labels --discard-below 0.1 --calibrate-below 0.3 --data photos --pictures inspected
+    """
+    from ferkd.report import confidence_picture, crops_picture, statistics_json, statistics_table, store_statistics
+    from ferkd.store import LabelStore
+
+    settings, output = _parse(inspect, InspectSettings, arguments)
+    store = LabelStore(settings.store)
+    statistics = store_statistics(store, settings.policy)
+    pictures = []
+    if settings.data and not settings.pictures:
+        raise InputError("--data draws crops on photographs: add --pictures FOLDER to say where the pictures go")
+    if settings.pictures:
+        pictures.append(settings.pictures / "confidence.png")
+        confidence_picture(statistics, pictures[-1])
+    if settings.pictures and settings.data:
+        pictures.append(settings.pictures / "crops.png")
+        crops_picture(store, settings.data / "train", settings.policy, pictures[-1])
+    if output.json:
+        print(json.dumps({"store": str(settings.store), **statistics_json(statistics), "pictures": [str(picture) for picture in pictures]}))
+    else:
+        answers = f"top {store.k} of {store.classes:,} classes, {store.manifest.crop_bytes} bytes a crop"
+        print(f"{settings.store}: {len(store):,} images x {store.crops} crops, {answers}")
+        print(statistics_table(statistics))
+        for picture in pictures:
+            print(f"wrote {picture}")
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Train a student. Without --labels on hard labels; with them FKD; with thresholds FerKD.
+
+    --recipe NAME (default, small_images, fkd_resnet50, fkd_vit, ferkd_resnet50) gives the settings that the other flags then change.
+
+    Example: ferkd train --data photos --labels labels --student resnet18 --out runs/ferkd --discard-below 0.1 --calibrate-below 0.3
+    """
+    from ferkd.recipes import RECIPES, TrainConfig, recipe
+    from ferkd.train import Job
+    from ferkd.train import train as run_training
+
+    name = _flag_value(arguments, "--recipe") or "default"
+    chosen = recipe(name)
+
+    @dataclasses.dataclass(frozen=True)
+    class TrainSettings:
+        data: Path
+        """Folder with train/CLASS/* and val/CLASS/*."""
+        student: str
+        """timm:NAME (or just NAME), torchvision:NAME or python:MODULE:CALLABLE."""
+        out: Path
+        """Folder for the run: weights, log, checkpoint."""
+        labels: Path | None = None
+        """The label store; without it the student learns from hard labels."""
+        recipe: Literal[tuple(RECIPES)] = name  # type: ignore[valid-type]
+        """Named settings that the other flags change."""
+        pretrained: bool = False
+        """Start from the library's pretrained weights."""
+        init: Path | None = None
+        """Start from these weights (.safetensors, or .pth that holds only tensors)."""
+        resume: bool = False
+        """Go on with the run in --out."""
+        config: TrainConfig = chosen
+
+    settings, output = _parse(train, TrainSettings, arguments)
+    summary = run_training(
+        Job(
+            settings.data,
+            settings.student,
+            settings.out,
+            settings.config,
+            settings.labels,
+            settings.pretrained,
+            settings.init,
+            settings.resume,
+        )
+    )
+    if output.json:
+        print(json.dumps(summary))
+    else:
+        print(_summary_table(summary))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSettings:
+    data: Path
+    """Folder with val/CLASS/*."""
+    weights: Path | None = None
+    """Weights of a ferkd run (.safetensors), or the run's folder."""
+    teacher: str | None = None
+    """Instead of weights, a model: timm:NAME, torchvision:NAME, run:DIR or python:MODULE:CALLABLE."""
+    teacher_weights: Path | None = None
+    """Local weights for --teacher."""
+    input_size: int | None = None
+    """Pixels, square. Default: the model's own."""
+    batch_size: int = 64
+    workers: int | None = None
+    """Loader processes. Default: one a core but one, at most 8."""
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """Top-1 and top-5 on DATA/val.
+
+    Example: ferkd eval --data photos --weights runs/ferkd/last.safetensors
+    """
+    from ferkd.evaluation import evaluate_model
+    from ferkd.teacher import load_run, load_teacher
+
+    settings, output = _parse(evaluate, EvalSettings, arguments, name="eval")
+    if (settings.weights is None) == (settings.teacher is None):
+        raise InputError("give either --weights FILE of a ferkd run or --teacher SPEC")
+    if settings.weights is not None:
+        model = load_run(settings.weights)
+    else:
+        assert settings.teacher is not None
+        model = load_teacher(settings.teacher, settings.teacher_weights, settings.input_size)
+    accuracy = evaluate_model(model, settings.data, settings.batch_size, settings.workers)
+    if output.json:
+        print(json.dumps(accuracy._asdict()))
+    else:
+        print(f"{accuracy.images:,} images   top-1 {accuracy.top1:.2%}   top-5 {accuracy.top5:.2%}")
+        print(f"top-1 among the folders' own classes {accuracy.top1_folders:.2%}")
+
+
+def demo(arguments: Sequence[str]) -> None:
+    """Train a small teacher, label, inspect, and compare hard labels, FKD and FerKD; on digits, or on your photographs.
+
+    Example: ferkd demo --out demo-run
+    """
+    from ferkd.demo import DemoSettings, run_demo
+
+    settings, output = _parse(demo, DemoSettings, arguments)
+    result = run_demo(settings)
+    if output.json:
+        print(json.dumps(result))
+
+
+FUNCTIONS: dict[str, Callable[[Sequence[str]], None]] = {"label": label, "inspect": inspect, "train": train, "eval": evaluate, "demo": demo}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: ferkd COMMAND ...\n\nKnowledge distillation of image classifiers from stored teacher labels.\n")
+        print("\n".join(f"  {name:<9} {what}" for name, what in COMMANDS.items()))
+        print("\n`ferkd COMMAND --help` explains each, with an example.")
+        sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(__version__)
+        return
+    if arguments[0] not in FUNCTIONS:
+        print(f"ferkd: {arguments[0]!r} is no command; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        FUNCTIONS[arguments[0]](arguments[1:])
+    except (InputError, CheckFailed, Stopped, KeyboardInterrupt) as error:
+        if "--debug" in arguments:
+            raise
+        status = {CheckFailed: 1, Stopped: 75, KeyboardInterrupt: 130}.get(type(error), 2)
+        text = "interrupted" if isinstance(error, KeyboardInterrupt) else " ".join(str(error).split())
+        print(f"ferkd {arguments[0]}: {text}", file=sys.stderr)
+        sys.exit(status)
+
+
+def _parse(
+    command: Callable[..., Any], settings: type[Settings], arguments: Sequence[str], name: str | None = None
+) -> tuple[Settings, Output]:
+    """Settings and output flags from the command line. Nested dataclasses give plain flags: --discard-below, without --config.policy."""
+
+    def both(settings: settings, output: Output = Output()) -> tuple[Any, Output]:  # type: ignore[valid-type]
+        return settings, output
+
+    return tyro.cli(
+        both, args=list(arguments), prog=f"ferkd {name or command.__name__}", description=command.__doc__,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )  # fmt: skip
+
+
+def _flag_value(arguments: Sequence[str], flag: str) -> str | None:
+    """The value of one flag, read before the others because they take their defaults from it."""
+    for place, argument in enumerate(arguments):
+        if argument == flag and place + 1 < len(arguments):
+            return arguments[place + 1]
+        if argument.startswith(flag + "="):
+            return argument.removeprefix(flag + "=")
+    return None
+
+
+def _summary_table(summary: dict[str, Any]) -> str:
+    rows = [
+        ("student", summary["student"]), ("labels", summary["method"]), ("steps", f"{summary['steps']:,} ({summary['crops']:,} crops)"),
+        ("time", f"{summary['seconds']:.1f} s"), ("top-1, last", f"{summary['top1']:.2%}"), ("top-1, best", f"{summary['best_top1']:.2%}"),
+        ("top-5, last", f"{summary['top5']:.2%}"), ("val images", f"{summary['val_images']:,}"), ("run", summary["run"]),
+    ]  # fmt: skip
+    return "\n".join(f"{name:<13} {value}" for name, value in rows)
+
+
+if __name__ == "__main__":
+    main()

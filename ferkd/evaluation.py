@@ -1,0 +1,77 @@
+"""Top-1 and top-5 on the validation split, every image once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from ferkd.data import CenterViews, one_thread
+from ferkd.folders import class_mapping, scan_split
+from ferkd.teacher import LoadedModel, Preprocessing
+
+
+class Accuracy(NamedTuple):
+    """Shares of the evaluated images, from 0 to 1. `top1_folders` chooses only among the classes that have a folder."""
+
+    top1: float
+    top5: float
+    top1_folders: float
+    images: int
+
+
+def evaluate_model(loaded: LoadedModel, data: Path, batch_size: int = 64, workers: int | None = None) -> Accuracy:
+    """Evaluate a trained run or a teacher on DATA/val. Raises InputError when its classes and the class folders do not fit."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    val = scan_split(data, "val")
+    mapping = class_mapping(val.folders, loaded.class_names, loaded.outputs)
+    folder_classes = np.array([mapping[folder] for folder in val.folders])
+    preprocessing = loaded.preprocessing
+    views = CenterViews(val, folder_classes, preprocessing.input_size, preprocessing.crop_pct, preprocessing.interpolation)
+    return evaluate(loaded.model.to(device), views, preprocessing, folder_classes, device, batch_size=batch_size, workers=workers)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    views: Dataset[Any],
+    preprocessing: Preprocessing,
+    folder_classes: np.ndarray,
+    device: torch.device,
+    *,
+    batch_size: int,
+    workers: int | None = None,
+    amp: torch.dtype | None = None,
+) -> Accuracy:
+    """Top-1 and top-5 over evaluation views (pixels uint8 [3, S, S], class id, number).
+
+    `folder_classes`: the class ids that have a folder, for `top1_folders`. `amp`: the autocast dtype, None for float32.
+    """
+    model.eval()
+    mean = torch.tensor(preprocessing.mean, device=device)[:, None, None]
+    std = torch.tensor(preprocessing.std, device=device)[:, None, None]
+    has_folder = torch.from_numpy(np.unique(folder_classes)).to(device)
+    hits = torch.zeros(3, dtype=torch.int64, device=device)
+    images = 0
+    if isinstance(views, TensorDataset):  # decoded already
+        workers = 0
+    elif workers is None:
+        workers = min(8, max(0, (os.cpu_count() or 1) - 1))
+    generator = torch.Generator()  # evaluating must not draw from the global one, whose state belongs to training
+    loader = DataLoader(views, batch_size=batch_size, num_workers=workers, worker_init_fn=one_thread, generator=generator)
+    for pixels, targets, _ in loader:
+        normalised = ((pixels.to(device).float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+        target = targets.to(device)
+        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+            logits = model(normalised).float()
+        top = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
+        among = has_folder[logits[:, has_folder].argmax(1)] == target
+        hits += torch.stack([top[:, 0].sum(), top.any(1).sum(), among.sum()])
+        images += len(target)
+    top1, top5, among_folders = (hits.double() / images).tolist()
+    return Accuracy(top1, top5, among_folders, images)

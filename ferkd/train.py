@@ -1,0 +1,439 @@
+"""The training loop, from top to bottom: hard labels, FKD or FerKD, by what it is given.
+
+Without a label store it trains on hard labels and fresh crops. With one it replays stored crops: the default policy trusts every
+label (FKD), thresholds make it FerKD. What is random is keyed by (seed, step), so a checkpoint is the step number, the weights and the
+optimiser's state, and a resumed run continues exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Dataset, TensorDataset
+
+from ferkd.crops import CropSettings
+from ferkd.data import (
+    CenterViews,
+    CropBatch,
+    CropStream,
+    CropView,
+    DecodedPhotos,
+    FolderPhotos,
+    FreshCrops,
+    ImageCrops,
+    PhotoFiles,
+    PhotoSource,
+    StoredCrops,
+    StreamSampler,
+    check_same_photos,
+    plan_phases,
+    training_loader,
+)  # fmt: skip
+from ferkd.errors import InputError, Stopped
+from ferkd.evaluation import Accuracy, evaluate
+from ferkd.folders import Split, check_same_classes, scan_split
+from ferkd.loss import LossStats, ferkd_loss
+from ferkd.mixing import MixedRows, draw_mixing, mix_pixels
+from ferkd.recipes import TrainConfig
+from ferkd.records import Records
+from ferkd.regions import Region, RegionPolicy
+from ferkd.runs import RunFolder
+from ferkd.store import LabelStore
+from ferkd.teacher import Preprocessing, build_model, load_state
+
+AMP_DTYPE = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to train, on what, and where the results go. `data` holds train/CLASS/* and val/CLASS/*."""
+
+    data: Path
+    student: str
+    out: Path
+    config: TrainConfig
+    labels: Path | None = None
+    pretrained: bool = False
+    init: Path | None = None
+    resume: bool = False
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
+
+
+def train(job: Job) -> dict[str, Any]:
+    """Train a student and return its summary, which is also written to RUN/summary.json.
+
+    RUN then holds config.json, log.jsonl, last.safetensors and best.safetensors (which timm loads), and checkpoint.pt to resume from.
+    Raises InputError for what cannot be trained, Stopped after SIGTERM (everything saved).
+    """
+    config = job.config
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("torchrun: training on several processes is not supported by this version; start `ferkd train` without torchrun")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    workers = min(8, max(0, (os.cpu_count() or 1) - 1)) if config.workers is None else config.workers
+
+    # The student, its classes and its input.
+    store = LabelStore(job.labels) if job.labels else None
+    val = scan_split(job.data, "val")
+    train_split = None if store else scan_split(job.data, "train")
+    classes, class_of_val_folder = _classes(store, train_split, val)
+    torch.manual_seed(config.seed)  # the same seed gives every method the same initial weights
+    model, preprocessing = build_model(
+        job.student,
+        num_classes=len(classes),
+        pretrained=job.pretrained,
+        drop_path_rate=config.drop_path or None,
+        input_size=config.image_size,
+    )
+    preprocessing = _student_preprocessing(preprocessing, config)
+    if job.init:
+        load_state(model, job.init)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    model = model.to(device).to(memory_format=layout)
+
+    # The stream of crops.
+    usable, shares = _usable_images(store, train_split, config.policy)
+    last_single = config.crops_per_image if config.single_crop_epochs is None else config.single_crop_epochs
+    phases = plan_phases(len(usable), config.batch_size, config.epochs, config.crops_per_image,
+                         config.warmup_epochs if config.single_crop_warmup else 0.0, last_single)  # fmt: skip
+    stream = CropStream(len(usable), config.batch_size, phases, config.seed)
+    dataset, val_views = _datasets(job, store, train_split, val, usable, preprocessing, class_of_val_folder, max(1, workers))
+    epochs_a_step = config.batch_size / len(usable)
+
+    # What is learnt and what is saved.
+    optimizer = _optimizer(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True) if config.ema_decay else None
+    forward: Callable[..., tuple[Tensor, LossStats]] = ForwardPass(model, preprocessing, config, store, device)
+    if config.compile:
+        forward = torch.compile(forward)
+    identity = {"student": job.student, "classes": len(classes), "images": len(usable), "steps": stream.total_steps,
+                "store": store.manifest_sha256 if store else None}  # fmt: skip
+    paths = {"data": job.data, "labels": job.labels, "init": job.init}
+    notes = {"pretrained": job.pretrained, **{name: str(path) if path else None for name, path in paths.items()}}
+    run = RunFolder(job.out, config, identity, notes, job.resume, job.say)
+    checkpoint = run.load_checkpoint(device)
+    step, best, seconds = 0, -1.0, 0.0
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        if ema:
+            ema.load_state_dict(checkpoint["ema"])
+        torch.set_rng_state(checkpoint["rng"].cpu())
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu())
+        step, best, seconds = checkpoint["step"], checkpoint["best"], checkpoint["seconds"]
+        job.say(f"resuming at step {step:,} of {stream.total_steps:,}")
+
+    def save_checkpoint() -> None:
+        state = {"step": step, "best": best, "seconds": seconds, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                 "scaler": scaler.state_dict(), "ema": ema.state_dict() if ema else None, "rng": torch.get_rng_state(),
+                 "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}  # fmt: skip
+        run.save_checkpoint(state)
+
+    def assess(evaluated: nn.Module) -> Accuracy:
+        return evaluate(evaluated, val_views, preprocessing, class_of_val_folder, device,
+                        batch_size=min(128, config.batch_size), workers=config.workers, amp=AMP_DTYPE[config.amp])  # fmt: skip
+
+    eval_steps = max(1, round(config.eval_every / epochs_a_step))
+    sampler = StreamSampler(stream, step, stream.total_steps)
+    batches = iter(training_loader(dataset, sampler, workers, pin_memory=device.type == "cuda"))
+    meter = Meter(device)
+    accuracy: Accuracy | None = None
+    started = time.perf_counter()
+    with stop_on_sigterm() as stop_asked:
+        while step < stream.total_steps:
+            with meter.waiting():
+                batch = next(batches)
+            rate = config.learning_rate(_epoch(stream, step, epochs_a_step, config))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            crops = stream.crops_per_image(step)
+            mixed = draw_mixing(
+                config.mixing, config.seed, step, stream.first_slot(step), config.batch_size // crops, crops, preprocessing.input_size
+            )
+
+            model.train()
+            # The gradient is computed together with the loss, so it must know the scale that backward() will bring.
+            upstream = scaler.scale(torch.ones((), device=device)) if scaler.is_enabled() else None
+            loss, stats = forward(*_to_device((batch, mixed), device), upstream)
+            scaler.scale(loss).backward()
+            if config.clip_grad:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            if ema:
+                ema.update_parameters(model)
+            step += 1
+
+            meter.add(loss, stats)
+            is_last = step == stream.total_steps
+            if step % config.log_every == 0 or is_last:
+                line: dict[str, Any] = {
+                    "kind": "train",
+                    "step": step,
+                    "epoch": round(step * epochs_a_step, 4),
+                    "crops": step * config.batch_size,
+                    "lr": rate,
+                }
+                line |= meter.read(config.batch_size)
+                run.log(line)
+                if not math.isfinite(line["loss"]):
+                    raise InputError(
+                        f"loss: {line['loss']} within the {config.log_every} steps before step {step:,}; lower --lr or use --amp none"
+                    )
+                left = (stream.total_steps - step) * config.batch_size / line["crops_per_second"]
+                job.say(_progress(line, stream.total_steps, left))
+            if step % eval_steps == 0 or is_last:
+                seconds += time.perf_counter() - started
+                evaluated = ema.module if ema else model
+                accuracy = assess(evaluated)
+                is_best = accuracy.top1 > best
+                best = max(best, accuracy.top1)
+                run.log(
+                    {
+                        "kind": "eval",
+                        "step": step,
+                        "epoch": round(step * epochs_a_step, 4),
+                        "crops": step * config.batch_size,
+                        "seconds": round(seconds, 3),
+                        **accuracy._asdict(),
+                    }
+                )
+                job.say(f"step {step:>7,}  val top-1 {accuracy.top1:7.2%}  top-5 {accuracy.top5:7.2%}  (best {best:.2%})")
+                extra = {"step": str(step), "top1": f"{accuracy.top1:.6f}"}
+                run.save_weights("last", evaluated, classes, preprocessing, extra)
+                if is_best:
+                    run.save_weights("best", evaluated, classes, preprocessing, extra)
+                save_checkpoint()
+                meter.restart()
+                started = time.perf_counter()
+            elif stop_asked():
+                seconds += time.perf_counter() - started
+                save_checkpoint()
+                raise Stopped(f"stopped at step {step:,} of {stream.total_steps:,}; everything is saved in {job.out}: go on with --resume")
+
+    if accuracy is None:  # resumed after the last step
+        accuracy = assess(ema.module if ema else model)
+    summary = {
+        "student": job.student, "method": method_name(store, config.policy), "steps": step, "crops": step * config.batch_size,
+        "seconds": round(seconds, 2), "top1": accuracy.top1, "top5": accuracy.top5, "top1_folders": accuracy.top1_folders,
+        "best_top1": best, "val_images": accuracy.images, "usable_images": len(usable), "stored_regions": shares, "run": str(job.out),
+    }  # fmt: skip
+    run.write_json("summary.json", summary)
+    return summary
+
+
+class ForwardPass(nn.Module):
+    """uint8 crops and label words to the loss: normalise, mix, student, fused loss. One graph when compiled."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, model: nn.Module, preprocessing: Preprocessing, config: TrainConfig, store: LabelStore | None, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.record_kind = (store.label_codec, store.k, store.classes) if store else None
+        self.amp = AMP_DTYPE[config.amp]
+        self.register_buffer("mean", torch.tensor(preprocessing.mean, device=device)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(preprocessing.std, device=device)[:, None, None], persistent=False)
+
+    def forward(self, batch: CropBatch, mixed: MixedRows | None, upstream: Tensor | None) -> tuple[Tensor, LossStats]:
+        config = self.config
+        images = (batch.pixels.float() / 255 - self.mean) / self.std
+        if mixed is not None:
+            images = mix_pixels(images, mixed)
+        images = images.contiguous(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+        with torch.autocast(images.device.type, dtype=self.amp, enabled=self.amp is not None):
+            logits = self.model(images)
+        labels: Records | tuple[Tensor, Tensor]
+        if self.record_kind and batch.words is not None:
+            codec, k, classes = self.record_kind
+            labels, policy = Records(batch.words, codec, k, classes), config.policy
+        else:  # the ground truth, softened: the same kernel with k = 1 and a smooth tail
+            labels = (batch.target[:, None], torch.full_like(batch.target[:, None], 1.0 - config.policy.smoothing, dtype=torch.float32))
+            policy = RegionPolicy()
+        loss, stats = ferkd_loss(
+            logits, labels, batch.target, policy=policy, temperature=config.temperature, tail=config.tail, tau_squared=config.tau_squared,
+            mix=(mixed.partner, mixed.lam) if mixed is not None else None, upstream=upstream, impl=config.impl, stats=True,
+        )  # fmt: skip
+        return loss, stats
+
+
+class Meter:
+    """Sums of a stretch of steps, kept on the device so that no step waits for the host, and the time spent waiting for data."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.restart()
+
+    def restart(self) -> None:
+        self.loss = torch.zeros((), device=self.device)
+        self.correct = torch.zeros((), device=self.device)
+        self.regions = torch.zeros(len(Region), device=self.device)
+        self.steps, self.wait, self.started = 0, 0.0, time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self.wait += time.perf_counter() - before
+
+    def add(self, loss: Tensor, stats: LossStats) -> None:
+        self.loss += loss.detach()
+        self.correct += stats.correct.sum()
+        self.regions += (stats.region[:, None] == torch.arange(len(Region), device=self.device)).sum(0)
+        self.steps += 1
+
+    def read(self, batch_size: int) -> dict[str, Any]:
+        """The figures since the last reading; waits for the device."""
+        rows = self.steps * batch_size
+        shares = {region.name.lower(): round(count / rows, 6) for region, count in zip(Region, self.regions.tolist(), strict=True)}
+        figures = {"loss": float(self.loss) / self.steps, "train_top1": float(self.correct) / rows, "regions": shares}
+        elapsed = time.perf_counter() - self.started
+        figures |= {"crops_per_second": rows / elapsed, "data_wait": self.wait / elapsed}
+        self.restart()
+        return figures
+
+
+def method_name(store: LabelStore | None, policy: RegionPolicy) -> str:
+    """What the settings amount to: hard labels, FKD (every label trusted) or FerKD (some discarded or calibrated)."""
+    if store is None:
+        return "hard labels"
+    return "FerKD" if policy.discards or policy.calibrate_below > 0 else "FKD"
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
+    """Within the block SIGTERM only raises a flag, which the loop reads between steps."""
+    asked = False
+
+    def ask(*_: Any) -> None:
+        nonlocal asked
+        asked = True
+
+    try:
+        before = signal.signal(signal.SIGTERM, ask)
+    except ValueError:  # not the main thread: whoever runs the loop there keeps its own handlers
+        yield lambda: False
+        return
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _classes(store: LabelStore | None, train_split: Split | None, val: Split) -> tuple[tuple[str, ...], np.ndarray]:
+    """The student's class names by output, and the class id of every val folder."""
+    if store is None:
+        assert train_split is not None
+        check_same_classes(train_split, val)
+        return train_split.folders, np.arange(len(val.folders))
+    unknown = [folder for folder in val.folders if folder not in store.folders]
+    if unknown:
+        raise InputError(
+            f"{val.root}: class folders {', '.join(unknown[:5])} are not in the store {store.path}, which was labelled with "
+            f"{', '.join(list(store.folders)[:5])}...; give the --data folder that was labelled"
+        )
+    return tuple(store.class_names), np.array([store.folders[folder] for folder in val.folders])
+
+
+def _student_preprocessing(preprocessing: Preprocessing, config: TrainConfig) -> Preprocessing:
+    return dataclasses.replace(preprocessing, crop_pct=config.eval_crop_pct or preprocessing.crop_pct)
+
+
+def _usable_images(store: LabelStore | None, train_split: Split | None, policy: RegionPolicy) -> tuple[np.ndarray, dict[str, int] | None]:
+    """The images that training visits, and how the stored crops divide into regions."""
+    if store is None:
+        assert train_split is not None
+        return np.arange(len(train_split)), None
+    scan = store.scan(policy)
+    return np.flatnonzero(scan.usable), {region.name.lower(): int(scan.counts[region]) for region in Region}
+
+
+def _datasets(
+    job: Job, store: LabelStore | None, train_split: Split | None, val: Split, usable: np.ndarray,
+    preprocessing: Preprocessing, class_of_val_folder: np.ndarray, threads: int,
+) -> tuple[Dataset[ImageCrops], Dataset[Any]]:  # fmt: skip
+    config = job.config
+    view = CropView(preprocessing.input_size, preprocessing.interpolation)
+    photos: PhotoSource
+    if store:
+        check_same_photos(job.data / "train", store)
+        photos = PhotoFiles(job.data / "train", store)
+    else:
+        assert train_split is not None
+        photos = FolderPhotos(train_split)
+    if config.cache == "decoded":
+        photos = DecodedPhotos(photos, usable, threads)
+    crops: Dataset[ImageCrops]
+    if store:
+        crops = StoredCrops(photos, store, usable, config.policy, view, config.seed)
+    else:
+        assert train_split is not None
+        crops = FreshCrops(photos, train_split.folder_of, CropSettings(seed=config.seed, scale=(config.min_scale, 1.0)), view)
+    views: Dataset[Any] = CenterViews(
+        val, class_of_val_folder, preprocessing.input_size, preprocessing.crop_pct, preprocessing.interpolation
+    )
+    if config.cache == "decoded":
+        pixels, targets, numbers = zip(*(views[i] for i in range(len(val))), strict=True)
+        views = TensorDataset(torch.stack(pixels), torch.tensor(targets), torch.tensor(numbers))
+    return crops, views
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": config.weight_decay}]
+    if not config.decay_norms_and_biases:
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+
+
+def _epoch(stream: CropStream, step: int, epochs_a_step: float, config: TrainConfig) -> float:
+    """How far training is, in epochs, for the learning rate."""
+    epoch = step * epochs_a_step
+    if config.lr_step == "pass":
+        crops = stream.crops_per_image(step)
+        epoch = math.floor(epoch / crops + 1e-9) * crops
+    return epoch
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    """The same nested tuples with every tensor on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, tuple):
+        moved = (_to_device(part, device) for part in value)
+        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
+    return value
+
+
+def _progress(line: Mapping[str, Any], total_steps: int, seconds_left: float) -> str:
+    regions = line["regions"]
+    return (
+        f"step {line['step']:>7,}/{total_steps:,}  epoch {line['epoch']:7.2f}  loss {line['loss']:.4f}  lr {line['lr']:.4g}  "
+        f"{line['crops_per_second']:,.0f} crops/s  waiting for data {line['data_wait']:.0%}  "
+        f"calibrated {regions['calibrated']:.1%}  {seconds_left / 60:.1f} min left"
+    )

@@ -1,0 +1,188 @@
+"""From a store and photographs to batches: the right crops, cut exactly, discarded ones never touched, the wrong photo refused."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from photos import write_photos, write_store
+from PIL import Image
+
+import ferkd.data
+from ferkd.crops import CropSettings, decode, draw_crops, take_crop
+from ferkd.data import (
+    CropStream,
+    CropView,
+    DecodedPhotos,
+    FolderPhotos,
+    FreshCrops,
+    Phase,
+    PhotoFiles,
+    StoredCrops,
+    StreamSampler,
+    Visit,
+    check_same_photos,
+    collate,
+    surviving_crops,
+    training_loader,
+)
+from ferkd.errors import InputError, StoreError
+from ferkd.folders import scan_split
+from ferkd.regions import Region, RegionPolicy, confidence_of, region_of
+from ferkd.store import LabelStore
+
+VIEW = CropView(16)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return write_photos(tmp_path / "data")
+
+
+@pytest.fixture
+def store(photos: Path, tmp_path: Path) -> LabelStore:
+    return write_store(photos, tmp_path / "labels")
+
+
+def stored(photos: Path, store: LabelStore, policy: RegionPolicy = RegionPolicy()) -> StoredCrops:
+    usable = np.flatnonzero(store.scan(policy).usable)
+    return StoredCrops(PhotoFiles(photos / "train", store), store, usable, policy, VIEW, seed=0)
+
+
+def test_a_visit_brings_the_boxes_and_words_that_were_stored(photos: Path, store: LabelStore) -> None:
+    """Every crop of an image, over a whole walk: pixels are the stored box's, words are the stored record's."""
+    for image in range(0, len(store), 5):
+        labels = store.read(image)
+        photo = decode(photos / "train" / labels.path)
+        boxes, flips = labels.boxes(np.arange(store.crops))
+        expected = {
+            words.tobytes(): take_crop(photo, box, flip, 16, "bilinear")
+            for words, box, flip in zip(labels.label_words, boxes, flips, strict=True)
+        }
+        assert len(expected) == store.crops  # the words tell the crops apart
+        seen = set()
+        for walk in range(0, store.crops, 4):
+            item = stored(photos, store)[Visit(image, walk, 4)]
+            assert item.words is not None
+            assert item.target == labels.target
+            for words, pixels in zip(item.words.numpy(), item.pixels, strict=True):
+                assert torch.equal(pixels, expected[words.tobytes()])
+                seen.add(words.tobytes())
+        assert len(seen) == store.crops  # none repeats before all were used
+
+
+def test_a_walk_cycles_when_it_is_longer_than_the_survivors(photos: Path, store: LabelStore) -> None:
+    dataset = stored(photos, store)
+    first, again = dataset[Visit(2, 0, 12)], dataset[Visit(2, 12, 12)]
+    assert torch.equal(first.pixels, again.pixels)
+    more = dataset[Visit(2, 0, 24)]
+    assert torch.equal(more.pixels, torch.cat([first.pixels, again.pixels]))
+
+
+def test_discarded_crops_are_never_cut(photos: Path, store: LabelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = RegionPolicy(discard_below=0.6)
+    cut = []
+    original = ferkd.data.take_crop
+    monkeypatch.setattr(ferkd.data, "take_crop", lambda photo, box, *rest: cut.append(tuple(box)) or original(photo, box, *rest))
+    dataset = stored(photos, store, policy)
+    discarded = 0
+    for place in range(len(dataset)):
+        cut.clear()
+        image = int(dataset.usable[place])
+        labels = store.read(image)
+        ids, probs = store.unpack(labels.label_words)
+        region = region_of(confidence_of(torch.from_numpy(ids), torch.from_numpy(probs), None, 3, "max"), policy)
+        boxes, _ = labels.boxes(np.arange(store.crops))
+        allowed = {tuple(box) for box in boxes[region.numpy() != Region.DISCARDED].tolist()}
+        item = dataset[Visit(place, 0, 12)]
+        assert set(cut) == allowed
+        assert len(item.pixels) == 12
+        discarded += store.crops - len(allowed)
+    assert discarded > 20
+
+
+def test_images_without_survivors_are_left_out_and_counted(photos: Path, store: LabelStore) -> None:
+    strict = RegionPolicy(discard_below=0.995)
+    scan = store.scan(strict)
+    for image in range(len(store)):
+        if scan.usable[image]:
+            assert len(surviving_crops(store, store.read(image), strict))
+        else:
+            with pytest.raises(StoreError, match="no crop left"):
+                surviving_crops(store, store.read(image), strict)
+    assert 0 < scan.usable.sum() < len(store)
+
+
+def test_an_image_that_could_not_be_read_is_not_usable(photos: Path, tmp_path: Path) -> None:
+    store = write_store(photos, tmp_path / "gap", unreadable=7)
+    assert np.flatnonzero(~store.scan(RegionPolicy()).usable).tolist() == [7]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_do_not_change_the_batches(photos: Path, store: LabelStore, workers: int) -> None:
+    dataset = stored(photos, store)
+    stream = CropStream(len(dataset), 16, [Phase(4, 4), Phase(1, 3)], 0)
+    alone = list(training_loader(dataset, StreamSampler(stream, 0, 7), 0, False))
+    helped = list(training_loader(dataset, StreamSampler(stream, 0, 7), workers, False))
+    assert len(alone) == 7
+    for one, other in zip(alone, helped, strict=True):
+        assert torch.equal(one.pixels, other.pixels)
+        assert torch.equal(one.words, other.words)
+        assert torch.equal(one.target, other.target)
+        assert one.pixels.shape == (16, 3, 16, 16)
+        assert one.words.shape == (16, 2)
+        assert one.target.shape == (16,)
+
+
+def test_rows_are_image_major(photos: Path, store: LabelStore) -> None:
+    dataset = stored(photos, store)
+    batch = collate([dataset[Visit(0, 0, 4)], dataset[Visit(20, 0, 4)]])
+    assert batch.target.tolist() == [store.entry(0).target] * 4 + [store.entry(20).target] * 4
+
+
+def test_decoded_photos_are_the_files_photos(photos: Path, store: LabelStore) -> None:
+    files = PhotoFiles(photos / "train", store)
+    cached = DecodedPhotos(files, range(len(store)), threads=2)
+    assert all(torch.equal(cached(image), files(image)) for image in range(len(store)))
+
+
+def test_fresh_crops_follow_the_keyed_draw(photos: Path) -> None:
+    split = scan_split(photos, "train")
+    settings = CropSettings(seed=9, scale=(0.3, 1.0))
+    item = FreshCrops(FolderPhotos(split), split.folder_of, settings, VIEW)[Visit(5, 40, 3)]
+    photo = decode(split.root / split.paths[5])
+    boxes, flips = draw_crops(settings, 5, np.arange(40, 43), photo.shape[2], photo.shape[1])
+    expected = torch.stack([take_crop(photo, box, flip, 16, "bilinear") for box, flip in zip(boxes, flips, strict=True)])
+    assert torch.equal(item.pixels, expected)
+    assert item.words is None
+    assert item.target == split.folder_of[5]
+
+
+def test_a_changed_photo_is_refused_by_name(photos: Path, store: LabelStore) -> None:
+    path = photos / "train" / store.entry(3).path
+    Image.new("RGB", (store.entry(3).width, store.entry(3).height)).save(path)
+    with pytest.raises(StoreError, match=r"blue/3\.png: not the photograph that was labelled"):
+        stored(photos, store)[Visit(3, 0, 4)]
+
+
+def test_another_dataset_is_refused_before_training(photos: Path, store: LabelStore, tmp_path: Path) -> None:
+    check_same_photos(photos / "train", store)
+    other = write_photos(tmp_path / "other", seed=1)
+    with pytest.raises(StoreError, match="not the photograph that was labelled"):
+        check_same_photos(other / "train", store)
+    with pytest.raises(StoreError, match="is this the store of another dataset"):
+        check_same_photos(tmp_path, store)
+
+
+def test_the_cache_refuses_what_does_not_fit(photos: Path, store: LabelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ferkd.data.os, "sysconf", lambda name: {"SC_AVPHYS_PAGES": 2, "SC_PAGE_SIZE": 4096}[name])
+    with pytest.raises(InputError, match="train without --cache decoded"):
+        DecodedPhotos(PhotoFiles(photos / "train", store), range(len(store)), 1)
+
+
+def test_datasets_pickle_for_spawned_workers(photos: Path, store: LabelStore) -> None:
+    dataset = pickle.loads(pickle.dumps(stored(photos, store)))
+    assert torch.equal(dataset[Visit(1, 0, 4)].pixels, stored(photos, store)[Visit(1, 0, 4)].pixels)
