@@ -83,10 +83,14 @@ class PathTable:
         return len(self._offsets) - 1
 
     def raw(self, i: int) -> bytes:
-        """Path i's bytes. Raises IndexError outside [0, N)."""
+        """Path i's bytes. Raises IndexError outside [0, N), StoreError for offsets that are damaged."""
         if not 0 <= i < len(self):
             raise IndexError(f"image {i} of {len(self)}")
-        return bytes(self._blob[self._start + int(self._offsets[i]) : self._start + int(self._offsets[i + 1])])
+        begin, end = int(self._offsets[i]), int(self._offsets[i + 1])
+        path = bytes(self._blob[self._start + begin : self._start + end])
+        if len(path) != end - begin:  # slices stop at the end in silence
+            raise StoreError(f"the index's offsets of image {i} are {begin} and {end}: index.bin is damaged; fetch it again")
+        return path
 
     def __getitem__(self, i: int) -> str:
         return self.raw(i).decode("utf-8", "surrogateescape")
@@ -428,7 +432,8 @@ class LabelStore:
         path = self._path(image)
         number, at = divmod(image, self.manifest.shard_images)
         size = self._image_bytes
-        block = os.pread(self._shard(number).fd, size, at * size)
+        shard = self._shard(number)  # held by name, or another thread could make it close between here and the read
+        block = os.pread(shard.fd, size, at * size)
         row_at = self._rows_at + _ROW.size * image
         row = self._index[row_at : row_at + _ROW.size]
         target, width, height, photo_crc, expected = _ROW.unpack(row)
