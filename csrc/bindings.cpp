@@ -53,65 +53,63 @@ LabelJob label_job(const Tensor& labels, const std::optional<Tensor>& probs, con
   return job;
 }
 
-double probability_at(const LabelJob& job, int64_t b, int j) {
-  if (job.codec == Codec::PAIRS) {
-    return job.probs_are_double ? static_cast<const double*>(job.probs)[b * job.k + j] : static_cast<const float*>(job.probs)[b * job.k + j];
+// Row b's ids and probabilities, for the words of an error.
+void read_row(const LabelJob& job, int64_t b, int64_t* ids, double* probs) {
+  float narrow[MAX_K];
+  if (job.codec == Codec::HALF) unpack_half(job.words + b * job.width, job.k, job.classes, ids, narrow);
+  if (job.codec == Codec::PACKED) unpack_packed(job.words + b * job.width, job.k, job.classes, ids, narrow);
+  for (int j = 0; j < job.k; ++j) {
+    if (job.codec != Codec::PAIRS) {
+      probs[j] = narrow[j];
+      continue;
+    }
+    const int64_t at = b * job.k + j;
+    ids[j] = job.ids[at];
+    probs[j] = job.probs_are_double ? static_cast<const double*>(job.probs)[at] : static_cast<const float*>(job.probs)[at];
   }
-  int64_t ids[MAX_K];
-  float probs[MAX_K];
-  (job.codec == Codec::HALF ? unpack_half : unpack_packed)(job.words + b * job.width, job.k, job.classes, ids, probs);
-  return probs[j];
-}
-
-int64_t id_at(const LabelJob& job, int64_t b, int j) {
-  if (job.codec == Codec::PAIRS) return job.ids[b * job.k + j];
-  int64_t ids[MAX_K];
-  float probs[MAX_K];
-  (job.codec == Codec::HALF ? unpack_half : unpack_packed)(job.words + b * job.width, job.k, job.classes, ids, probs);
-  return ids[j];
 }
 
 [[noreturn]] void refuse(const LabelJob& job, int64_t b, Fault fault) {
-  const std::string row = " in row " + std::to_string(b), classes = std::to_string(job.classes);
+  const std::string row = " in row " + std::to_string(b);
+  const std::string span = "; the logits have " + std::to_string(job.classes) + " classes, 0 to " + std::to_string(job.classes - 1);
   if (fault == Fault::ID || fault == Fault::PROBABILITY) {
+    int64_t ids[MAX_K];
+    double probs[MAX_K];
+    read_row(job, b, ids, probs);
     for (int j = 0; j < job.k; ++j) {
-      const int64_t id = id_at(job, b, j);
-      if (id < 0 || id >= job.classes) {
-        throw std::invalid_argument("labels: class id " + std::to_string(id) + row + ", but the logits have " + classes + " classes (0 to " +
-                                    std::to_string(job.classes - 1) + ")");
+      if (ids[j] < 0 || ids[j] >= job.classes) {
+        throw std::invalid_argument("labels: class id " + std::to_string(ids[j]) + row + span);
       }
-      const double p = probability_at(job, b, j);
-      if (!(p >= 0.0 && p <= 1.0)) {
-        throw std::invalid_argument("labels: probability " + std::to_string(p) + row + "; every probability must be from 0 to 1");
+      if (!(probs[j] >= 0.0 && probs[j] <= 1.0)) {
+        throw std::invalid_argument("labels: probability " + std::to_string(probs[j]) + row + "; every probability must be from 0 to 1");
       }
     }
   }
   if (fault == Fault::TARGET) {
-    throw std::invalid_argument("target: class id " + std::to_string(job.target[b]) + row + ", but the logits have " + classes +
-                                " classes (0 to " + std::to_string(job.classes - 1) + ")");
+    throw std::invalid_argument("target: class id " + std::to_string(job.target[b]) + row + span);
   }
   if (fault == Fault::PARTNER) {
-    throw std::invalid_argument("mix: partner " + std::to_string(job.partner[b]) + row + ", but the batch has " + std::to_string(job.rows) +
+    throw std::invalid_argument("mix: partner " + std::to_string(job.partner[b]) + row + "; the batch has " + std::to_string(job.rows) +
                                 " rows");
   }
   throw std::invalid_argument("mix: lam " + std::to_string(job.lam[b]) + row + "; every lam must be from 0 to 1");
 }
 
 // The adapted labels of a batch and the memory they lie in.
-template <typename A>
 struct Adapted {
-  std::vector<A> mass, base, deltas;
+  std::vector<double> mass, base, deltas;
   std::vector<int32_t> count, ids;
   std::vector<int8_t> region;
   std::vector<Fault> fault;
-  AdaptedLabels<A> view{};
+  AdaptedLabels view{};
 
   // Unpacks, checks and adapts every row; throws std::invalid_argument for the first row with wrong data.
-  explicit Adapted(const LabelJob& job)
+  Adapted(const LabelJob& job, bool is_double)
       : mass(job.rows), base(job.rows), deltas(job.rows * job.k), count(job.rows), ids(job.rows * job.k), region(job.rows), fault(job.rows) {
     view = {mass.data(), base.data(), count.data(), region.data(), ids.data(), deltas.data(), fault.data()};
     const int64_t grain = std::max<int64_t>(1, 4096 / job.k);
-    torch::stable::parallel_for(0, job.rows, grain, [&](int64_t begin, int64_t end) { cpu::adapt_rows<A>(job, view, begin, end); });
+    const auto adapt = is_double ? cpu::adapt_rows<double> : cpu::adapt_rows<float>;
+    torch::stable::parallel_for(0, job.rows, grain, [&](int64_t begin, int64_t end) { adapt(job, view, begin, end); });
     for (int64_t b = 0; b < job.rows; ++b) {  // an exception inside the loop would reach the caller as a RuntimeError
       if (fault[b] != Fault::NONE) refuse(job, b, fault[b]);
     }
@@ -121,7 +119,7 @@ struct Adapted {
     cpu::Share shares[2];
     const int parts = cpu::shares_of(job, b, shares);
     double total = 0;
-    for (int s = 0; s < parts; ++s) total += shares[s].weight * double(mass[shares[s].row]);
+    for (int s = 0; s < parts; ++s) total += shares[s].weight * mass[shares[s].row];
     return total;
   }
 };
@@ -129,6 +127,21 @@ struct Adapted {
 Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   const std::vector<int64_t> shape(sizes);
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), dtype);
+}
+
+Dtype dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return Dtype::FLOAT64;
+    case ScalarType::Float:
+      return Dtype::FLOAT32;
+    case ScalarType::BFloat16:
+      return Dtype::BFLOAT16;
+    case ScalarType::Half:
+      return Dtype::FLOAT16;
+    default:
+      throw std::invalid_argument(std::string(name) + ": this dtype is not supported; give float32, float64, bfloat16 or float16");
+  }
 }
 
 double scalar_of(const Tensor& tensor) { return double(*tensor.const_data_ptr<float>()); }
@@ -139,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_as(const Tensor& logits,
                                                            bool tau_squared, bool with_grad, bool stats) {
   const int64_t B = logits.size(0), C = logits.size(1);
   const ScalarType wide = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-  const Adapted<A> adapted(labels);
+  const Adapted adapted(labels, dtype == Dtype::FLOAT64);
 
   double scale = tau_squared ? labels.temperature * labels.temperature : 1.0;
   if (reduction == "mean") {
@@ -197,25 +210,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_cpu(
     std::string reduction, bool tau_squared, bool with_grad, bool stats, [[maybe_unused]] bool validate) {
   const LabelJob job = label_job(labels, probs, target, partner, lam, codec, k, logits.size(1), discard_below, calibrate_below,
                                  discard_above, smoothing, confidence, temperature, tail);
-  switch (logits.scalar_type()) {
-    case ScalarType::Double:
-      return loss_as<double>(logits, job, normalizer, upstream, Dtype::FLOAT64, reduction, tau_squared, with_grad, stats);
-    case ScalarType::Float:
-      return loss_as<float>(logits, job, normalizer, upstream, Dtype::FLOAT32, reduction, tau_squared, with_grad, stats);
-    case ScalarType::BFloat16:
-      return loss_as<float>(logits, job, normalizer, upstream, Dtype::BFLOAT16, reduction, tau_squared, with_grad, stats);
-    case ScalarType::Half:
-      return loss_as<float>(logits, job, normalizer, upstream, Dtype::FLOAT16, reduction, tau_squared, with_grad, stats);
-    default:
-      throw std::invalid_argument("logits: this dtype is not supported; give float32, float64, bfloat16 or float16");
+  const Dtype dtype = dtype_of(logits, "logits");
+  const auto run = dtype == Dtype::FLOAT64 ? loss_as<double> : loss_as<float>;
+  return run(logits, job, normalizer, upstream, dtype, reduction, tau_squared, with_grad, stats);
+}
+
+// grad [B, C] times upstream, 0-dim or [B] of the loss's dtype, in place.
+void scale_(Tensor grad, Tensor upstream) {
+  const int64_t B = grad.size(0), C = grad.size(1);
+  const ScalarType wide = grad.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  if (upstream.scalar_type() != wide || (upstream.dim() != 0 && upstream.size(0) != B)) {
+    throw std::invalid_argument("upstream: it must be of the loss's dtype and shape");
   }
+  const Tensor factors = torch::stable::contiguous(upstream);  // the gradient of a sum over rows is an expanded scalar
+  const cpu::ScaleJob job{grad.mutable_data_ptr(), C, factors.const_data_ptr(), upstream.dim() == 1};
+  if (!job.one_per_row && (wide == ScalarType::Double ? *static_cast<const double*>(job.upstream) == 1.0
+                                                      : *static_cast<const float*>(job.upstream) == 1.0f)) {
+    return;
+  }
+  const cpu::ScaleKernel kernel = cpu::scale_kernel(dtype_of(grad, "grad"), cpu::chosen_isa());
+  torch::stable::parallel_for(0, B, std::max<int64_t>(1, 32768 / std::max<int64_t>(C, 1)),
+                              [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
 }
 
 std::string cpu_isa() { return cpu::chosen_isa(); }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(ferkd, CPU, m) { m.impl("loss_cpu", TORCH_BOX(&loss_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(ferkd, CPU, m) { 
+  m.impl("loss_cpu", TORCH_BOX(&loss_cpu));
+  m.impl("scale_", TORCH_BOX(&scale_));
+}
 STABLE_TORCH_LIBRARY_IMPL(ferkd, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
 
 // Importing the module is what registers the operators above.

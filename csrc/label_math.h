@@ -33,10 +33,9 @@ struct Policy {
   bool by_target;  // confidence `target`; otherwise `max`
 };
 
-template <typename A>
 struct Label {
-  A mass;        // S; 0 when discarded
-  A base;        // beta
+  double mass;   // S; 0 when discarded
+  double base;   // beta
   int count;     // K: ids and increments written
   Region region;
 };
@@ -135,47 +134,49 @@ FERKD_HD Region region_of(const int64_t* ids, const P* probs, int k, int64_t tar
   return confidence < P(policy.calibrate_below) ? CALIBRATED : KEPT;
 }
 
-// The label of one crop under a policy, at temperature T: ids and increments go to out_ids and deltas (room for k).
-template <typename P, typename A>
-FERKD_HD Label<A> adapt_label(const int64_t* ids, const P* probs, int k, int64_t target, int64_t classes, const Policy& policy,
-                              A inverse_temperature, bool renorm, int32_t* out_ids, A* deltas) {
-  const Label<A> discarded{A(0), A(0), 0, DISCARDED};
+// The label of one crop under a policy, at temperature T: ids and increments go to out_ids and deltas (room for k). In float64: a
+// confident teacher's 1 - sum cancels, and so does its gradient against the student's softmax. Only the powers are taken in A.
+template <typename A, typename P>
+FERKD_HD Label adapt_label(const int64_t* ids, const P* probs, int k, int64_t target, int64_t classes, const Policy& policy,
+                           double temperature, bool renorm, int32_t* out_ids, double* deltas) {
+  const Label discarded{0, 0, 0, DISCARDED};
   const Region region = region_of(ids, probs, k, target, classes, policy);
   if (region == DISCARDED) return discarded;
   if (region == CALIBRATED) {  // the softened ground truth; not tempered
-    const A beta = A(policy.smoothing) / A(classes - 1);
+    const double beta = policy.smoothing / double(classes - 1);
     out_ids[0] = int32_t(target);
-    deltas[0] = A(1) - A(policy.smoothing) - beta;
-    return {A(1), beta, 1, CALIBRATED};
+    deltas[0] = 1.0 - policy.smoothing - beta;
+    return {1.0, beta, 1, CALIBRATED};
   }
-  const A others = A(classes - k);
-  A sum = 0;
-  for (int j = 0; j < k; ++j) sum += A(probs[j]);
-  A beta = 0;
-  A scale = 1;
+  const double others = double(classes - k);
+  double sum = 0;
+  for (int j = 0; j < k; ++j) sum += double(probs[j]);
+  double beta = 0;
+  double scale = 1;
   if (renorm) {
-    if (!(sum > A(0))) return discarded;
-    scale = A(1) / sum;
-  } else if (others > A(0) && sum < A(1)) {
-    beta = (A(1) - sum) / others;
+    if (!(sum > 0)) return discarded;
+    scale = 1.0 / sum;
+  } else if (classes > k && sum < 1.0) {
+    beta = (1.0 - sum) / others;
   }
-  for (int j = 0; j < k; ++j) deltas[j] = A(probs[j]) * scale;  // v_j
-  if (inverse_temperature != A(1)) {  // (v / m)^(1/T), and the tail as C - K equal classes; renormalised
-    A largest = beta;
+  for (int j = 0; j < k; ++j) deltas[j] = double(probs[j]) * scale;  // v_j
+  if (temperature != 1.0) {  // (v / m)^(1/T), and the tail as C - K equal classes; renormalised
+    double largest = beta;
     for (int j = 0; j < k; ++j) largest = deltas[j] > largest ? deltas[j] : largest;
-    if (largest > A(0)) {
-      A total = 0;
+    if (largest > 0) {
+      const A power = A(1.0 / temperature);
+      double total = 0;
       for (int j = 0; j < k; ++j) {
-        deltas[j] = std::pow(deltas[j] / largest, inverse_temperature);
+        deltas[j] = double(std::pow(A(deltas[j] / largest), power));
         total += deltas[j];
       }
-      beta = std::pow(beta / largest, inverse_temperature);
+      beta = double(std::pow(A(beta / largest), power));
       total += others * beta;
       for (int j = 0; j < k; ++j) deltas[j] /= total;
       beta /= total;
     }
   }
-  A mass = others * beta;
+  double mass = others * beta;
   for (int j = 0; j < k; ++j) {
     mass += deltas[j];
     out_ids[j] = int32_t(ids[j]);

@@ -160,17 +160,15 @@ FERKD_INLINE double exp_of(double d) { return std::exp(d); }
 // ------------------------------------------------------------------------------------------------ one row
 
 // The label of row b after mixing: S = sum w S, beta = sum w beta, pairs (i, w delta).
-template <typename A>
 struct MixedLabel {
   double mass = 0, base = 0;
   int count = 0;
   int32_t ids[2 * MAX_K];
-  A deltas[2 * MAX_K];
+  double deltas[2 * MAX_K];
 };
 
-template <typename A>
-FERKD_INLINE void mixed_label(const LossJob& job, int64_t b, MixedLabel<A>& label) {
-  const auto& adapted = *static_cast<const AdaptedLabels<A>*>(job.adapted);
+FERKD_INLINE void mixed_label(const LossJob& job, int64_t b, MixedLabel& label) {
+  const AdaptedLabels& adapted = *job.adapted;
   const int k = job.labels->k;
   Share shares[2];
   const int parts = shares_of(*job.labels, b, shares);
@@ -178,15 +176,23 @@ FERKD_INLINE void mixed_label(const LossJob& job, int64_t b, MixedLabel<A>& labe
   label.count = 0;
   for (int s = 0; s < parts; ++s) {
     const auto [row, weight] = shares[s];
-    label.mass += weight * double(adapted.mass[row]);
-    label.base += weight * double(adapted.base[row]);
+    label.mass += weight * adapted.mass[row];
+    label.base += weight * adapted.base[row];
     for (int j = 0; j < adapted.count[row]; ++j) {
-      const A delta = A(weight) * adapted.deltas[row * k + j];
-      if (delta == A(0)) continue;  // a zero-weight term is skipped, never multiplied: the logit may be inf
+      const double delta = weight * adapted.deltas[row * k + j];
+      if (delta == 0) continue;  // a zero-weight term is skipped, never multiplied: the logit may be inf
       label.ids[label.count] = adapted.ids[row * k + j];
       label.deltas[label.count++] = delta;
     }
   }
+}
+
+// The increments of all pairs that share the id of pair j.
+FERKD_INLINE double total_of(const MixedLabel& label, int j) {
+  double total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int l = 0; l < label.count; ++l) total += label.ids[l] == label.ids[j] ? label.deltas[l] : 0.0;
+  return total;
 }
 
 template <typename A>
@@ -205,20 +211,30 @@ FERKD_INLINE bool contains(const A* x, int64_t n, A value) {
   return found != 0;
 }
 
-// e[c] = exp d[c] for one block; adds to sum exp d and sum d. `e` may be `x`.
+// The sums over classes. The largest logits are counted apart: a confident row's exp d are one 1 and many tiny numbers, and added
+// to the 1 in float32 they would vanish.
+struct Sums {
+  double rest = 0;    // sum of exp d where d < 0
+  double largest = 0; // how many d are 0
+  double d = 0;       // sum of d
+};
+
+// e[c] = exp d[c] for one block, and its sums. `e` may be `x`.
 template <bool keep, typename A>
-FERKD_INLINE void exponentials(const A* x, A* e, int64_t n, A largest, A inverse_temperature, double& sum_exp, double& sum_d) {
-  A block_exp = 0, block_d = 0;
-#pragma omp simd reduction(+ : block_exp, block_d)
+FERKD_INLINE void exponentials(const A* x, A* e, int64_t n, A largest, A inverse_temperature, Sums& sums) {
+  A rest = 0, at_largest = 0, sum_d = 0;
+#pragma omp simd reduction(+ : rest, at_largest, sum_d)
   for (int64_t c = 0; c < n; ++c) {
     const A d = (x[c] - largest) * inverse_temperature;
     const A value = exp_of(d);
     if constexpr (keep) e[c] = value;
-    block_exp += value;
-    block_d += d;
+    rest += d == A(0) ? A(0) : value;  // so written that NaN reaches the sum
+    at_largest += d == A(0) ? A(1) : A(0);
+    sum_d += d;
   }
-  sum_exp += double(block_exp);
-  sum_d += double(block_d);
+  sums.rest += double(rest);
+  sums.largest += double(at_largest);
+  sums.d += double(sum_d);
 }
 
 // Rows [begin, end): T is the logits' type, A the type computed in.
@@ -228,13 +244,13 @@ FERKD_INLINE void loss_rows(const LossJob& job, int64_t begin, int64_t end) {
   const int64_t C = job.classes;
   const A inverse_temperature = A(1.0 / job.temperature);
   std::vector<A> scratch(narrow ? C : 0);
-  MixedLabel<A> label;
-  A at_ids[2 * MAX_K];
+  MixedLabel label;
+  double at_ids[2 * MAX_K];  // d, later the gradient, at the pairs' ids
 
   for (int64_t b = begin; b < end; ++b) {
     const T* x = static_cast<const T*>(job.logits) + b * job.row_stride;
     T* grad = job.grad == nullptr ? nullptr : static_cast<T*>(job.grad) + b * C;
-    mixed_label<A>(job, b, label);
+    mixed_label(job, b, label);
     const bool discarded = label.mass == 0.0;
     if (discarded) {  // constants, never 0 times something: the logits may be inf
       job.row_loss[b] = 0.0;
@@ -257,7 +273,7 @@ FERKD_INLINE void loss_rows(const LossJob& job, int64_t begin, int64_t end) {
       wide = x;
       largest = largest_of(wide, C);
     }
-    for (int j = 0; j < label.count; ++j) at_ids[j] = (wide[label.ids[j]] - largest) * inverse_temperature;
+    for (int j = 0; j < label.count; ++j) at_ids[j] = (double(wide[label.ids[j]]) - double(largest)) / job.temperature;
     bool correct = false;
     if (job.correct != nullptr) {  // lowest id wins a tie
       const int64_t target = job.labels->target[b];
@@ -265,7 +281,7 @@ FERKD_INLINE void loss_rows(const LossJob& job, int64_t begin, int64_t end) {
     }
 
     // Pass 2: the sums, leaving exp d where the gradient will be (half types: in the scratch).
-    double sum_exp = 0, sum_d = 0;
+    Sums sums;
     const bool keep = grad != nullptr && !discarded;
     A* e;
     if constexpr (narrow) {
@@ -276,12 +292,12 @@ FERKD_INLINE void loss_rows(const LossJob& job, int64_t begin, int64_t end) {
     for (int64_t c = 0; c < C; c += BLOCK) {
       const int64_t n = std::min(BLOCK, C - c);
       if (keep) {
-        exponentials<true>(wide + c, e + c, n, largest, inverse_temperature, sum_exp, sum_d);
+        exponentials<true>(wide + c, e + c, n, largest, inverse_temperature, sums);
       } else {
-        exponentials<false>(wide + c, static_cast<A*>(nullptr), n, largest, inverse_temperature, sum_exp, sum_d);
+        exponentials<false>(wide + c, static_cast<A*>(nullptr), n, largest, inverse_temperature, sums);
       }
     }
-    const double log_sum = std::log(sum_exp);
+    const double log_sum = std::log1p(sums.rest + (sums.largest - 1.0));
     if (job.correct != nullptr) {
       static_cast<A*>(job.logsumexp)[b] = A(double(largest) / job.temperature + log_sum);
       job.correct[b] = correct && !std::isnan(log_sum);
@@ -289,13 +305,18 @@ FERKD_INLINE void loss_rows(const LossJob& job, int64_t begin, int64_t end) {
     if (discarded) continue;
 
     double loss = label.mass * log_sum;
-    if (label.base != 0.0) loss -= label.base * sum_d;
-    for (int j = 0; j < label.count; ++j) loss -= double(label.deltas[j]) * double(at_ids[j]);
+    if (label.base != 0.0) loss -= label.base * sums.d;
+    for (int j = 0; j < label.count; ++j) loss -= label.deltas[j] * at_ids[j];
     job.row_loss[b] = loss * job.loss_scale;
     if (grad == nullptr) continue;
 
-    // Pass 3: the gradient of the base, then the increments of the pairs. Repeated ids add up in A, before any rounding to T.
-    const A slope = A(label.mass / sum_exp * job.grad_scale), offset = A(label.base * job.grad_scale), scale = A(job.grad_scale);
+    // Pass 3: the gradient of the base, then the pairs' places, each written once with the total of all pairs that share its id:
+    // formed in float64, since on a confident row it is a small difference, and rounded to T only once.
+    const double softmax = label.mass / (sums.rest + sums.largest);
+    for (int j = 0; j < label.count; ++j) {
+      at_ids[j] = (double(e[label.ids[j]]) * softmax - label.base - total_of(label, j)) * job.grad_scale;
+    }
+    const A slope = A(softmax * job.grad_scale), offset = A(label.base * job.grad_scale);
     for (int64_t c = 0; c < C; c += BLOCK) {
       const int64_t n = std::min(BLOCK, C - c);
       A* block = e + c;
@@ -303,9 +324,37 @@ FERKD_INLINE void loss_rows(const LossJob& job, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < n; ++i) block[i] = block[i] * slope - offset;
       if constexpr (narrow) narrow_run<isa>(block, grad + c, n);
     }
-    for (int j = 0; j < label.count; ++j) e[label.ids[j]] -= label.deltas[j] * scale;
-    if constexpr (narrow) {
-      for (int j = 0; j < label.count; ++j) narrow_run<Isa::PLAIN>(e + label.ids[j], grad + label.ids[j], 1);
+    for (int j = 0; j < label.count; ++j) {
+      const A value = A(at_ids[j]);
+      if constexpr (narrow) {
+        narrow_run<Isa::PLAIN>(&value, grad + label.ids[j], 1);
+      } else {
+        grad[label.ids[j]] = value;
+      }
+    }
+  }
+}
+
+template <typename T, typename A, Isa isa>
+FERKD_INLINE void scale_rows(const ScaleJob& job, int64_t begin, int64_t end) {
+  const int64_t C = job.classes;
+  for (int64_t b = begin; b < end; ++b) {
+    const A factor = static_cast<const A*>(job.upstream)[job.one_per_row ? b : 0];
+    if (factor == A(1)) continue;
+    T* grad = static_cast<T*>(job.grad) + b * C;
+    if constexpr (std::is_same_v<T, A>) {
+#pragma omp simd
+      for (int64_t c = 0; c < C; ++c) grad[c] *= factor;
+    } else {
+      constexpr int64_t RUN = 512;
+      A wide[RUN];
+      for (int64_t c = 0; c < C; c += RUN) {
+        const int64_t n = std::min(RUN, C - c);
+        widen_run<isa>(grad + c, wide, n);
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) wide[i] *= factor;
+        narrow_run<isa>(wide, grad + c, n);
+      }
     }
   }
 }
@@ -316,10 +365,22 @@ template <typename T, typename A>
 void loss_rows_plain(const LossJob& job, int64_t begin, int64_t end) {
   loss_rows<T, A, Isa::PLAIN>(job, begin, end);
 }
+template <typename T, typename A>
+void scale_rows_plain(const ScaleJob& job, int64_t begin, int64_t end) {
+  scale_rows<T, A, Isa::PLAIN>(job, begin, end);
+}
 #if defined(__x86_64__)
 template <typename T, typename A>
 FERKD_AVX2 void loss_rows_avx2(const LossJob& job, int64_t begin, int64_t end) {
   loss_rows<T, A, Isa::AVX2>(job, begin, end);
+}
+template <typename T, typename A>
+FERKD_AVX2 void scale_rows_avx2(const ScaleJob& job, int64_t begin, int64_t end) {
+  scale_rows<T, A, Isa::AVX2>(job, begin, end);
+}
+template <typename T, typename A>
+FERKD_AVX512 void scale_rows_avx512(const ScaleJob& job, int64_t begin, int64_t end) {
+  scale_rows<T, A, Isa::AVX512>(job, begin, end);
 }
 template <typename T, typename A>
 FERKD_AVX512 void loss_rows_avx512(const LossJob& job, int64_t begin, int64_t end) {
@@ -340,16 +401,34 @@ bool can_run(const std::string& isa) {
   return false;
 }
 
+struct Kernels {
+  RowsKernel rows;
+  ScaleKernel scale;
+};
+
 template <typename T, typename A>
-RowsKernel kernel_for(const std::string& isa) {
+Kernels kernels_for(const std::string& isa) {
 #if defined(__x86_64__)
-  if (isa == "avx512") return loss_rows_avx512<T, A>;
-  if (isa == "avx2") return loss_rows_avx2<T, A>;
+  if (isa == "avx512") return {loss_rows_avx512<T, A>, scale_rows_avx512<T, A>};
+  if (isa == "avx2") return {loss_rows_avx2<T, A>, scale_rows_avx2<T, A>};
 #endif
-  return loss_rows_plain<T, A>;
+  return {loss_rows_plain<T, A>, scale_rows_plain<T, A>};
 }
 
-template <typename A, typename P>
+Kernels kernels(Dtype dtype, const std::string& isa) {
+  switch (dtype) {
+    case Dtype::FLOAT32:
+      return kernels_for<float, float>(isa);
+    case Dtype::FLOAT64:
+      return kernels_for<double, double>(isa);
+    case Dtype::BFLOAT16:
+      return kernels_for<BFloat16, float>(isa);
+    default:
+      return kernels_for<Float16, float>(isa);
+  }
+}
+
+template <typename P>
 Fault check_row(const LabelJob& job, int64_t b, const int64_t* ids, const P* probs) {
   for (int j = 0; j < job.k; ++j) {
     if (ids[j] < 0 || ids[j] >= job.classes) return Fault::ID;
@@ -364,12 +443,12 @@ Fault check_row(const LabelJob& job, int64_t b, const int64_t* ids, const P* pro
 }
 
 template <typename A, typename P>
-void adapt_row(const LabelJob& job, const AdaptedLabels<A>& out, int64_t b, const int64_t* ids, const P* probs) {
-  out.fault[b] = check_row<A, P>(job, b, ids, probs);
-  Label<A> label{A(0), A(0), 0, DISCARDED};
+void adapt_row(const LabelJob& job, const AdaptedLabels& out, int64_t b, const int64_t* ids, const P* probs) {
+  out.fault[b] = check_row(job, b, ids, probs);
+  Label label{0, 0, 0, DISCARDED};
   if (out.fault[b] == Fault::NONE) {
-    label = adapt_label<P, A>(ids, probs, job.k, job.target[b], job.classes, job.policy, A(1.0 / job.temperature), job.renorm,
-                              out.ids + b * job.k, out.deltas + b * job.k);
+    label = adapt_label<A>(ids, probs, job.k, job.target[b], job.classes, job.policy, job.temperature, job.renorm, out.ids + b * job.k,
+                           out.deltas + b * job.k);
   }
   out.mass[b] = label.mass;
   out.base[b] = label.base;
@@ -380,16 +459,16 @@ void adapt_row(const LabelJob& job, const AdaptedLabels<A>& out, int64_t b, cons
 }  // namespace
 
 template <typename A>
-void adapt_rows(const LabelJob& job, const AdaptedLabels<A>& out, int64_t begin, int64_t end) {
+void adapt_rows(const LabelJob& job, const AdaptedLabels& out, int64_t begin, int64_t end) {
   int64_t ids[MAX_K];
   float probs[MAX_K];
   for (int64_t b = begin; b < end; ++b) {
     if (job.codec == Codec::PAIRS) {
       const int64_t* row_ids = job.ids + b * job.k;
       if (job.probs_are_double) {
-        adapt_row<A, double>(job, out, b, row_ids, static_cast<const double*>(job.probs) + b * job.k);
+        adapt_row<A>(job, out, b, row_ids, static_cast<const double*>(job.probs) + b * job.k);
       } else {
-        adapt_row<A, float>(job, out, b, row_ids, static_cast<const float*>(job.probs) + b * job.k);
+        adapt_row<A>(job, out, b, row_ids, static_cast<const float*>(job.probs) + b * job.k);
       }
       continue;
     }
@@ -399,24 +478,14 @@ void adapt_rows(const LabelJob& job, const AdaptedLabels<A>& out, int64_t begin,
     } else {
       unpack_packed(words, job.k, job.classes, ids, probs);
     }
-    adapt_row<A, float>(job, out, b, ids, probs);
+    adapt_row<A>(job, out, b, ids, probs);
   }
 }
-template void adapt_rows<float>(const LabelJob&, const AdaptedLabels<float>&, int64_t, int64_t);
-template void adapt_rows<double>(const LabelJob&, const AdaptedLabels<double>&, int64_t, int64_t);
+template void adapt_rows<float>(const LabelJob&, const AdaptedLabels&, int64_t, int64_t);
+template void adapt_rows<double>(const LabelJob&, const AdaptedLabels&, int64_t, int64_t);
 
-RowsKernel rows_kernel(Dtype dtype, const char* isa) {
-  switch (dtype) {
-    case Dtype::FLOAT32:
-      return kernel_for<float, float>(isa);
-    case Dtype::FLOAT64:
-      return kernel_for<double, double>(isa);
-    case Dtype::BFLOAT16:
-      return kernel_for<BFloat16, float>(isa);
-    default:
-      return kernel_for<Float16, float>(isa);
-  }
-}
+RowsKernel rows_kernel(Dtype dtype, const char* isa) { return kernels(dtype, isa).rows; }
+ScaleKernel scale_kernel(Dtype dtype, const char* isa) { return kernels(dtype, isa).scale; }
 
 const char* chosen_isa() {
   if (const char* wanted = std::getenv("FERKD_CPU"); wanted != nullptr && *wanted != '\0') {

@@ -27,21 +27,20 @@ struct LabelJob {
   bool renorm;
 };
 
-// The labels after their own region's rule, before mixing; A is float, or double for float64 logits.
-template <typename A>
+// The labels after their own region's rule, before mixing.
 struct AdaptedLabels {
-  A* mass;         // S [B]
-  A* base;         // beta [B]
+  double* mass;    // S [B]
+  double* base;    // beta [B]
   int32_t* count;  // K [B]
   int8_t* region;  // [B]
   int32_t* ids;    // [B, k]
-  A* deltas;       // [B, k]
+  double* deltas;  // [B, k]
   Fault* fault;    // [B]
 };
 
-// Rows [begin, end) of the labels: unpack, check, adapt.
+// Rows [begin, end) of the labels: unpack, check, adapt. A is the type tempering's powers are taken in: double for float64 logits.
 template <typename A>
-void adapt_rows(const LabelJob& job, const AdaptedLabels<A>& out, int64_t begin, int64_t end);
+void adapt_rows(const LabelJob& job, const AdaptedLabels& out, int64_t begin, int64_t end);
 
 // The weight and the row of each label that row b is a mix of: itself and its partner. Returns how many have a weight.
 struct Share {
@@ -68,7 +67,7 @@ struct LossJob {
   double loss_scale;    // multiplies a row's loss
   double grad_scale;    // multiplies d row loss / d z: tau_squared, normalizer, upstream and 1 / T
   const LabelJob* labels;
-  const void* adapted;  // AdaptedLabels<A>
+  const AdaptedLabels* adapted;
   double* row_loss;     // [B]
   void* grad;           // [B, C] contiguous, or null when no gradient is wanted
   bool* correct;        // [B], or null without stats
@@ -77,8 +76,18 @@ struct LossJob {
 
 using RowsKernel = void (*)(const LossJob&, int64_t begin, int64_t end);
 
-// The kernel of an instruction set ("plain", "avx2", "avx512") or null when this processor or this build lacks it.
+// grad[b, :] *= factor of row b, formed in A; rows whose factor is 1 are not touched.
+struct ScaleJob {
+  void* grad;            // [B, C] contiguous
+  int64_t classes;
+  const void* upstream;  // A: one value, or one a row
+  bool one_per_row;
+};
+using ScaleKernel = void (*)(const ScaleJob&, int64_t begin, int64_t end);
+
+// The kernels of an instruction set ("plain", "avx2", "avx512"), which chosen_isa() has found to run here.
 RowsKernel rows_kernel(Dtype dtype, const char* isa);
+ScaleKernel scale_kernel(Dtype dtype, const char* isa);
 
 // The instruction set in use: FERKD_CPU when set, else the best this processor has. Throws std::invalid_argument when FERKD_CPU
 // names one that cannot run here.

@@ -214,8 +214,8 @@ def label_mass(
         ids, probs = reference.unpack(labels.words, labels.codec, labels.k, labels.classes)
     else:
         ids, probs = labels[0].long(), _computed(labels[1])
-    label = reference.adapt(ids, probs, target, classes=classes, policy=policy, temperature=temperature, tail=tail, dtype=torch.float32)
-    return label.mass if mix is None else reference.mixed(label, *mix).mass
+    label = reference.adapt(ids, probs, target, classes=classes, policy=policy, temperature=temperature, tail=tail)
+    return (label if mix is None else reference.mixed(label, *mix)).mass.float()
 
 
 # ------------------------------------------------------------------------------------------------ checks at the door

@@ -141,9 +141,7 @@ def _fake(logits: Tensor, *rest: Any) -> reference.Answer:
 
 @torch.library.impl("ferkd::scale_", "CompositeExplicitAutograd", lib=_library)
 def _scale_(grad: Tensor, upstream: Tensor) -> None:
-    """grad [B, C] times upstream, 0-dim or [B], in place; ferkd._C_cuda does it on a GPU in one launch."""
-    if upstream.device.type == "cpu" and bool((upstream == 1).all()):
-        return
+    """grad [B, C] times upstream, 0-dim or [B], in place. The extensions do it in one launch that ends at once where upstream is 1."""
     grad.copy_(_scaled(grad, upstream))
 
 
@@ -190,19 +188,22 @@ def _backward(ctx: Any, upstream: Tensor | None, second: Tensor | None = None, *
 
 def _owned_by_this_backward(grad: Tensor, upstream: Tensor) -> bool:
     """Whether nothing but this backward will ever see the stored gradient: the graph is not kept, nothing traces or compiles."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(grad) is not Tensor or type(upstream) is not Tensor:
-        return False
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if wrapped(grad) or wrapped(upstream):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _plain(grad) or not _plain(upstream):
         return False
     keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # a private name: it may go
     return keep_graph is not None and not keep_graph()
 
 
+def _plain(tensor: Tensor) -> bool:
+    """Whether a tensor is neither of a subclass (fake, functional, ...) nor wrapped by torch.func or by is_grads_batched."""
+    functorch = torch._C._functorch
+    return type(tensor) is Tensor and not functorch.is_functorch_wrapped_tensor(tensor) and not functorch.is_legacy_batchedtensor(tensor)
+
+
 def _assert_promise(upstream: Tensor, promised: Tensor, grad: Tensor) -> None:
     kept = (upstream == promised).all()
     message = "ferkd_loss: the gradient that reached the loss is not the `upstream` promised in the forward"
-    if grad.device.type == "cpu" and type(kept) is Tensor and not torch.compiler.is_compiling():
+    if grad.device.type == "cpu" and _plain(kept) and not torch.compiler.is_compiling():
         if not bool(kept):
             raise RuntimeError(f"{message} ({upstream.flatten()[:1].tolist()[0]} instead of {promised.item()})")
         return

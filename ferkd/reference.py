@@ -81,10 +81,12 @@ def _field(unsigned: Tensor, at: int, bits: int) -> Tensor:
     return value & ((1 << bits) - 1)
 
 
-def adapt(
-    ids: Tensor, probs: Tensor, target: Tensor, *, classes: int, policy: RegionPolicy, temperature: float, tail: str, dtype: torch.dtype
-) -> Labels:
-    """The labels after their region's rule, in `dtype`: ids [B, k] int64, probs [B, k], target [B] int64."""
+def adapt(ids: Tensor, probs: Tensor, target: Tensor, *, classes: int, policy: RegionPolicy, temperature: float, tail: str) -> Labels:
+    """The labels after their region's rule: ids [B, k] int64, probs [B, k], target [B] int64.
+
+    In float64: 1 - sum cancels for a confident teacher, and tempering by 1/T enlarges the error of what is left.
+    """
+    dtype = torch.float64
     k = ids.shape[1]
     # From the stored probabilities, before tail mode and tempering.
     region = region_of(confidence_of(ids, probs, target, classes, policy.confidence), policy)
@@ -166,9 +168,8 @@ def loss(
     stats: bool,
     validate: bool,
 ) -> Answer:
-    """The op `ferkd::loss_reference`; ferkd.ops has the arguments. Computes in float32, in float64 for float64 logits."""
+    """The op `ferkd::loss_reference`; ferkd.ops has the arguments. Computes in float64 whatever the logits are, and rounds at the end."""
     classes = logits.shape[1]
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     policy = RegionPolicy(discard_below, calibrate_below, discard_above, smoothing, "target" if confidence == "target" else "max")
     ids, probs = (labels, probs) if probs is not None else unpack(labels, codec, k, classes)
     if logits.device.type == "cpu" or validate:
@@ -177,12 +178,12 @@ def loss(
     astray = ((ids < 0) | (ids >= classes)).any(dim=1) | (target < 0) | (target >= classes)
     ids, target = ids.clamp(0, classes - 1), target.clamp(0, classes - 1)
 
-    label = adapt(ids, probs, target, classes=classes, policy=policy, temperature=temperature, tail=tail, dtype=dtype)
+    label = adapt(ids, probs, target, classes=classes, policy=policy, temperature=temperature, tail=tail)
     label = label._replace(mass=torch.where(astray & (label.mass != 0), torch.nan, label.mass))
     if partner is not None and lam is not None:
         label = mixed(label, partner.clamp(0, max(len(partner) - 1, 0)), lam)
 
-    z = logits.to(dtype) / temperature
+    z = logits.double() / temperature
     largest = z.amax(dim=1, keepdim=True)
     d = z - largest
     log_sum = d.exp().sum(dim=1).log()
@@ -194,28 +195,29 @@ def loss(
     discarded = label.mass == 0
     rows = torch.where(discarded, 0.0, rows)
 
-    scale = torch.ones((), dtype=dtype, device=logits.device)
+    scale = torch.ones((), dtype=torch.float64, device=logits.device)
     if tau_squared:
         scale = scale * temperature**2
     if reduction == "mean":
         total = label.mass.double().sum() if normalizer is None else normalizer.double()
-        scale = torch.where(total == 0, 0.0, scale / total).to(dtype)  # every row discarded: 0, never 0/0
+        scale = torch.where(total == 0, 0.0, scale / total)  # every row discarded: 0, never 0/0
     rows = rows * scale
-    value = rows if reduction == "none" else rows.double().sum().to(dtype)
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    value = (rows if reduction == "none" else rows.sum()).to(wide)
 
     grad = logits.new_empty(0)
     if with_grad:
         softmax = (d - log_sum[:, None]).exp()
         slope = label.mass[:, None] * softmax - label.base[:, None]
         slope = slope.scatter_add(1, label.ids, -label.deltas)
-        slope = slope * (scale / temperature * (1.0 if upstream is None else upstream.to(dtype)))
+        slope = slope * (scale / temperature * (1.0 if upstream is None else upstream.double()))
         grad = torch.where(discarded[:, None], 0.0, slope).to(logits.dtype)
 
     if not stats:
         return Answer(value, grad, logits.new_empty(0, dtype=torch.int8), logits.new_empty(0, dtype=torch.bool), value.new_empty(0))
     ids_C = torch.arange(classes, device=logits.device)
     top1 = torch.where(d == 0, ids_C, classes).amin(dim=1)  # lowest id wins a tie
-    return Answer(value, grad, label.region, (top1 == target) & ~log_sum.isnan(), largest[:, 0] + log_sum)
+    return Answer(value, grad, label.region, (top1 == target) & ~log_sum.isnan(), (largest[:, 0] + log_sum).to(wide))
 
 
 def check_data(ids: Tensor, probs: Tensor, target: Tensor, partner: Tensor | None, lam: Tensor | None, classes: int) -> None:
@@ -223,12 +225,12 @@ def check_data(ids: Tensor, probs: Tensor, target: Tensor, partner: Tensor | Non
 
     For ids and targets outside [0, classes), probabilities and lam that are NaN or outside [0, 1], partners outside the batch.
     """
-    span = f"but the logits have {classes} classes (0 to {classes - 1})"
+    span = f"the logits have {classes} classes, 0 to {classes - 1}"
     _refuse(ids, (ids < 0) | (ids >= classes), "labels: class id {}", span)
     _refuse(probs, ~((probs >= 0) & (probs <= 1)), "labels: probability {}", "every probability must be from 0 to 1")
     _refuse(target, (target < 0) | (target >= classes), "target: class id {}", span)
     if partner is not None and lam is not None:
-        _refuse(partner, (partner < 0) | (partner >= len(partner)), "mix: partner {}", f"but the batch has {len(partner)} rows")
+        _refuse(partner, (partner < 0) | (partner >= len(partner)), "mix: partner {}", f"the batch has {len(partner)} rows")
         _refuse(lam, ~((lam >= 0) & (lam <= 1)), "mix: lam {}", "every lam must be from 0 to 1")
 
 

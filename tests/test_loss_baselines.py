@@ -1,0 +1,25 @@
+"""The baselines that the benchmarks measure compute the same loss: a comparison of speeds means nothing otherwise."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from loss_cases import labels, logits
+
+from ferkd import RegionPolicy, ferkd_loss
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.baselines import BASELINES
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baseline_equals_the_reference(name):
+    ids, probs, target = labels(20, 50, 5)
+    x = logits(20, 50).requires_grad_()
+    policy = RegionPolicy() if name == "fkd" else RegionPolicy(discard_below=0.2, calibrate_below=0.4)
+    loss = BASELINES[name](x, ids, probs, target, policy)
+    expected = ferkd_loss(x, (ids, probs), target, policy=policy, impl="reference")
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    found, wanted = torch.autograd.grad(loss, x) + torch.autograd.grad(expected, x)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
