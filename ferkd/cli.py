@@ -5,18 +5,22 @@ Exit status: 0 done; 1 a check said no; 2 wrong use or input; 75 saved and stopp
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from ferkd import __version__
 from ferkd.errors import CheckFailed, InputError, Stopped
+from ferkd.recipes import TrainConfig, recipe
 from ferkd.regions import RegionPolicy
 
 Settings = TypeVar("Settings")
@@ -98,6 +102,27 @@ def inspect(arguments: Sequence[str]) -> None:
             print(f"wrote {picture}")
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    data: Path
+    """Folder with train/CLASS/* and val/CLASS/*."""
+    student: str
+    """timm:NAME (or just NAME), torchvision:NAME or python:MODULE:CALLABLE."""
+    out: Path
+    """Folder for the run: weights, log, checkpoint."""
+    labels: Path | None = None
+    """The label store; without it the student learns from hard labels."""
+    recipe: str = "default"
+    """Named settings that the other flags change."""
+    pretrained: bool = False
+    """Start from the library's pretrained weights."""
+    init: Path | None = None
+    """Start from these weights (.safetensors, or .pth that holds only tensors)."""
+    resume: bool = False
+    """Go on with the run in --out."""
+    config: TrainConfig = TrainConfig()
+
+
 def train(arguments: Sequence[str]) -> None:
     """Train a student. Without --labels on hard labels; with them FKD; with thresholds FerKD.
 
@@ -105,34 +130,12 @@ def train(arguments: Sequence[str]) -> None:
 
     Example: ferkd train --data photos --labels labels --student resnet18 --out runs/ferkd --discard-below 0.1 --calibrate-below 0.3
     """
-    from ferkd.recipes import RECIPES, TrainConfig, recipe
     from ferkd.train import Job
     from ferkd.train import train as run_training
 
     name = _flag_value(arguments, "--recipe") or "default"
-    chosen = recipe(name)
-
-    @dataclasses.dataclass(frozen=True)
-    class TrainSettings:
-        data: Path
-        """Folder with train/CLASS/* and val/CLASS/*."""
-        student: str
-        """timm:NAME (or just NAME), torchvision:NAME or python:MODULE:CALLABLE."""
-        out: Path
-        """Folder for the run: weights, log, checkpoint."""
-        labels: Path | None = None
-        """The label store; without it the student learns from hard labels."""
-        recipe: Literal[tuple(RECIPES)] = name  # type: ignore[valid-type]
-        """Named settings that the other flags change."""
-        pretrained: bool = False
-        """Start from the library's pretrained weights."""
-        init: Path | None = None
-        """Start from these weights (.safetensors, or .pth that holds only tensors)."""
-        resume: bool = False
-        """Go on with the run in --out."""
-        config: TrainConfig = chosen
-
-    settings, output = _parse(train, TrainSettings, arguments)
+    chosen = TrainSettings(tyro.MISSING, tyro.MISSING, tyro.MISSING, recipe=name, config=recipe(name))
+    settings, output = _parse(train, TrainSettings, arguments, default=chosen)
     summary = run_training(
         Job(
             settings.data,
@@ -234,17 +237,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(
-    command: Callable[..., Any], settings: type[Settings], arguments: Sequence[str], name: str | None = None
+    command: Callable[..., Any],
+    settings: type[Settings],
+    arguments: Sequence[str],
+    name: str | None = None,
+    default: Settings | None = None,
 ) -> tuple[Settings, Output]:
     """Settings and output flags from the command line. Nested dataclasses give plain flags: --discard-below, without --config.policy."""
 
-    def both(settings: settings, output: Output = Output()) -> tuple[Any, Output]:  # type: ignore[valid-type]
+    def both(settings, output=Output()):  # type: ignore[no-untyped-def]
         return settings, output
 
-    return tyro.cli(
-        both, args=list(arguments), prog=f"ferkd {name or command.__name__}", description=command.__doc__,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-    )  # fmt: skip
+    both.__annotations__ = {"settings": settings, "output": Output}  # tyro reads them at run time
+    if default is not None:
+        both.__defaults__ = (default, Output())
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            parsed: tuple[Settings, Output] = tyro.cli(
+                both, args=list(arguments), prog=f"ferkd {name or command.__name__}", description=command.__doc__,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+            )  # fmt: skip
+    except SystemExit as stop:
+        if stop.code == 0:
+            raise
+        raise InputError(_unboxed(box.getvalue())) from None
+    return parsed
+
+
+def _unboxed(text: str) -> str:
+    """The words of an error that tyro framed for the terminal."""
+    lines = [line.strip("╭╮╰╯│┌┐└┘─ ") for line in text.splitlines()]
+    words = " ".join(line for line in lines if line.strip("-"))
+    return re.sub(r"^Value error Error parsing settings[.\w]*: ", "", words)
 
 
 def _flag_value(arguments: Sequence[str], flag: str) -> str | None:

@@ -76,7 +76,6 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
         epochs=settings.epochs or (24.0 if is_digits else 8.0),
         image_size=size,
         batch_size=64,
-        warmup_epochs=1.0,
         eval_every=4.0 if is_digits else 2.0,
         log_every=200,
     )

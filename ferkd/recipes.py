@@ -54,7 +54,8 @@ class TrainConfig:
     """Whether weight decay acts on vectors too (normalisation and biases)."""
     momentum: float = 0.9
     betas: tuple[float, float] = (0.9, 0.999)
-    warmup_epochs: float = 0.0
+    warmup_epochs: float | None = None
+    """Epochs of linear warm-up. Default: a twentieth of all."""
     min_lr: float = 0.0
     lr_step: Literal["step", "pass"] = "step"
     """`pass` holds the rate constant while the images are visited once, as FKD's epoch counter does."""
@@ -89,7 +90,9 @@ class TrainConfig:
         for name in ("batch_size", "crops_per_image", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} is less than 1")
-        for name in ("weight_decay", "warmup_epochs", "min_lr", "momentum"):
+        if not (math.isfinite(self.warmup) and self.warmup >= 0):
+            raise InputError(f"warmup_epochs: {self.warmup_epochs} is not a number of at least 0")
+        for name in ("weight_decay", "min_lr", "momentum"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise InputError(f"{name}: {getattr(self, name)} is not a number of at least 0")
         if self.batch_size % self.crops_per_image:
@@ -97,7 +100,7 @@ class TrainConfig:
                 f"batch_size: {self.batch_size} crops are no multiple of crops_per_image {self.crops_per_image}; "
                 "make it one (FKD: 1024 = 256 x 4)"
             )
-        if self.warmup_epochs > self.epochs:
+        if self.warmup > self.epochs:
             raise InputError(f"warmup_epochs: {self.warmup_epochs} are more than the {self.epochs} epochs of training")
         if self.min_lr > self.lr:
             raise InputError(f"min_lr: {self.min_lr} is above lr {self.lr}")
@@ -110,24 +113,27 @@ class TrainConfig:
         if self.image_size is not None and self.image_size < 1:
             raise InputError(f"image_size: {self.image_size} pixels; give at least 1")
 
+    @property
+    def warmup(self) -> float:
+        """Epochs of warm-up, resolved."""
+        return self.epochs / 20 if self.warmup_epochs is None else self.warmup_epochs
+
     def learning_rate(self, epoch: float) -> float:
         """The rate after `epoch` epochs' worth of crops: linear warm-up from lr / 100, then a cosine down to min_lr."""
-        if epoch < self.warmup_epochs:
-            return self.lr * max(0.01, epoch / self.warmup_epochs)
-        progress = min(1.0, (epoch - self.warmup_epochs) / max(self.epochs - self.warmup_epochs, 1e-9))
+        if epoch < self.warmup:
+            return self.lr * max(0.01, epoch / self.warmup)
+        progress = min(1.0, (epoch - self.warmup) / max(self.epochs - self.warmup, 1e-9))
         return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def default() -> TrainConfig:
     """A start for photographs of any kind: SGD, cosine, 4 crops an image."""
-    return TrainConfig(warmup_epochs=5.0, weight_decay=5e-5, decay_norms_and_biases=False)
+    return TrainConfig(weight_decay=5e-5, decay_norms_and_biases=False)
 
 
 def small_images() -> TrainConfig:
     """CIFAR-like pictures of at most 64 pixels, where a small batch and the whole picture at evaluation do best."""
-    return TrainConfig(
-        epochs=60.0, batch_size=128, warmup_epochs=2.0, weight_decay=5e-4, eval_crop_pct=1.0, cache="decoded", decay_norms_and_biases=False
-    )
+    return TrainConfig(epochs=60.0, batch_size=128, weight_decay=5e-4, eval_crop_pct=1.0, cache="decoded", decay_norms_and_biases=False)
 
 
 def fkd_resnet50() -> TrainConfig:

@@ -107,7 +107,7 @@ def train(job: Job) -> dict[str, Any]:
     usable, shares = _usable_images(store, train_split, config.policy)
     last_single = config.crops_per_image if config.single_crop_epochs is None else config.single_crop_epochs
     phases = plan_phases(len(usable), config.batch_size, config.epochs, config.crops_per_image,
-                         config.warmup_epochs if config.single_crop_warmup else 0.0, last_single)  # fmt: skip
+                         config.warmup if config.single_crop_warmup else 0.0, last_single)  # fmt: skip
     stream = CropStream(len(usable), config.batch_size, phases, config.seed)
     dataset, val_views = _datasets(job, store, train_split, val, usable, preprocessing, class_of_val_folder, max(1, workers))
     epochs_a_step = config.batch_size / len(usable)

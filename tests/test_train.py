@@ -27,7 +27,16 @@ from ferkd.teacher import load_run
 from ferkd.train import Job, train
 
 CONFIG = TrainConfig(
-    epochs=8.0, batch_size=12, crops_per_image=4, lr=0.1, eval_every=4.0, log_every=3, workers=0, eval_crop_pct=1.0, channels_last=False
+    epochs=8.0,
+    warmup_epochs=0.0,
+    batch_size=12,
+    crops_per_image=4,
+    lr=0.1,
+    eval_every=4.0,
+    log_every=3,
+    workers=0,
+    eval_crop_pct=1.0,
+    channels_last=False,
 )
 
 
@@ -313,6 +322,7 @@ def test_torchrun_is_refused_until_it_is_supported(photos: Path, tmp_path: Path,
         ({"lr": float("nan")}, "lr: nan"),
         ({"min_lr": 1.0}, "min_lr: 1.0 is above lr 0.1"),
         ({"warmup_epochs": 9.0}, "warmup_epochs: 9.0 are more than"),
+        ({"warmup_epochs": -1.0}, "warmup_epochs: -1.0 is not"),
         ({"min_scale": 0.0}, "min_scale: 0.0"),
         ({"ema_decay": 1.0}, "ema_decay: 1.0"),
         ({"eval_crop_pct": 1.2}, "eval_crop_pct: 1.2"),

@@ -1,0 +1,128 @@
+"""The command line: help that teaches, one line of error, the promised exit statuses, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from photos import write_photos, write_store
+
+from ferkd.cli import COMMANDS, main
+from ferkd.errors import StoreError
+from ferkd.store import LabelStore
+
+FAST = ["--student", "python:photos:tiny_net", "--epochs", "2", "--batch-size", "12", "--workers", "0", "--single-crop-epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("photos") / "data")
+
+
+@pytest.fixture(scope="module")
+def store(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> LabelStore:
+    return write_store(photos, tmp_path_factory.mktemp("labels") / "store")
+
+
+def run(*arguments: object) -> int:
+    """The exit status of `ferkd ARGUMENTS`."""
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as exit:
+        return int(exit.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command, "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"Example: ferkd {command}" in text
+
+
+def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    text = capsys.readouterr().out
+    assert all(f"  {command} " in text for command in COMMANDS)
+    assert run() == 2
+
+
+def test_python_dash_m_is_the_same_program() -> None:
+    done = subprocess.run([sys.executable, "-m", "ferkd", "no-such-command"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "'no-such-command' is no command" in done.stderr
+    assert subprocess.run([sys.executable, "-m", "ferkd", "--version"], capture_output=True, text=True).stdout.strip() == "0.1.0"
+
+
+def test_train_then_eval(photos: Path, store: LabelStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert run("train", "--data", photos, "--labels", store.path, "--out", out, *FAST, "--discard-below", "0.4", "--json") == 0
+    trained = json.loads(capsys.readouterr().out)
+    assert trained["method"] == "FerKD"
+    assert run("eval", "--data", photos, "--weights", out / "last.safetensors", "--workers", "0", "--json") == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert evaluated["top1"] == trained["top1"]
+    assert evaluated["images"] == 12
+    config = json.loads((out / "config.json").read_text())["config"]
+    assert config["policy"]["discard_below"] == 0.4
+
+
+def test_train_prints_a_table(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "--data", photos, "--out", tmp_path / "run", *FAST) == 0
+    assert "top-1, last" in capsys.readouterr().out
+
+
+def test_flags_change_a_recipe(photos: Path, tmp_path: Path) -> None:
+    assert run("train", "--data", photos, "--out", tmp_path / "run", "--recipe", "small_images", *FAST, "--lr", "0.01") == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (config["lr"], config["epochs"], config["weight_decay"], config["cache"]) == (0.01, 2.0, 5e-4, "decoded")
+
+
+def test_inspect_counts_and_draws(photos: Path, store: LabelStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = ["--discard-below", "0.5", "--calibrate-below", "0.7", "--confidence", "target"]
+    assert run("inspect", store.path, *policy, "--data", photos, "--pictures", tmp_path / "pictures") == 0
+    text = capsys.readouterr().out
+    assert "288 crops of 24 images" in text
+    assert "discarded" in text
+    for name in ("confidence.png", "crops.png"):
+        assert (tmp_path / "pictures" / name).read_bytes().startswith(b"\x89PNG")
+    assert run("inspect", store.path, *policy, "--json") == 0
+    counted = json.loads(capsys.readouterr().out)
+    assert sum(counted["regions"].values()) == 288 == sum(counted["band_crops"]) == sum(counted["scale_crops"])
+    assert counted["regions"]["discarded"] > 0
+    assert counted["regions"]["calibrated"] > 0
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    text = capsys.readouterr().err.strip()
+    assert "Traceback" not in text
+    return text.splitlines()[-1]
+
+
+def test_wrong_input_is_one_line_and_status_2(photos: Path, store: LabelStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = [
+        (["inspect", tmp_path / "nothing"], "no such folder; give the folder that ferkd label wrote"),
+        (["inspect", store.path, "--discard-below", "0.5", "--calibrate-below", "0.2"], "calibrate_below: 0.2 is below discard_below 0.5"),
+        (["inspect", store.path, "--data", photos], "add --pictures FOLDER"),
+        (["train", "--data", tmp_path / "nothing", "--out", tmp_path / "run", *FAST], "nothing"),
+        (["train", "--data", photos, "--out", tmp_path / "run", "--recipe", "imagenet", *FAST], "recipe: 'imagenet' is unknown"),
+        (["eval", "--data", photos], "give either --weights FILE"),
+        (["eval", "--data", photos, "--weights", tmp_path / "none.safetensors"], "none.safetensors"),
+        (["demo", "--data", photos], "--data and --teacher go together"),
+    ]
+    for arguments, says in cases:
+        assert run(*arguments) == 2, arguments
+        assert says in error_of(capsys)
+
+
+def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no such folder"):
+        main(["inspect", str(tmp_path / "nothing"), "--debug"])
+
+
+def test_unknown_flags_are_refused(store: LabelStore, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", store.path, "--discard-bellow", "0.1") == 2
+    assert "--discard-bellow" in error_of(capsys)
