@@ -98,7 +98,7 @@ class LabelSettings:
     device: str | None = None
     """cpu, cuda or cuda:N. Default: the GPU if there is one."""
     workers: int | None = None
-    """Threads that decode and cut. Default: 1 for a teacher on the CPU, which keeps the cores busy itself; otherwise one a core, at most 16."""
+    """Threads that decode and cut. Default: 1 for a teacher on the CPU, which keeps the cores busy; else one a core, at most 16."""
     autocast: Autocast = "none"
     """Run the teacher in bf16 or fp16 where PyTorch deems it safe; recorded in the store."""
 

@@ -35,6 +35,7 @@ PLAUSIBLE_SHARE = 0.25  # of the way from guessing (1 / C) to perfect
 BETTER_POINTS = 0.03  # an alternative must gain this much...
 BETTER_SIGMAS = 3.0  # ...and this many standard errors over the same images
 ORDER_POINTS = 0.2  # each folder's usual answer must explain this much more than the class list does
+ORDER_DISTINCT = 0.9  # ...and nearly all of these answers must differ, or it is a bad teacher rather than a permuted list
 OVERCONFIDENT_POINTS = 0.15
 BAND_LEAST = 20  # crops in a band before it is judged
 
@@ -110,7 +111,8 @@ def preflight(
 
     Measures top-1 on the centre views of about 256 images of `val` (of `train` where there is none), and agreement with the folder and
     mean confidence on 500 of the crops that would be stored. Then tries what usually goes wrong, on the same images: other
-    normalisations, the model's own input size, and whether each folder's usual answer is another class than the class list says.
+    normalisations, the model's own input size (other sizes too, when it does badly), and whether each folder's usual answer is another
+    class than the class list says.
 
     Refuses when top-1 is not a quarter of the way from guessing to perfect (within two standard errors), when another normalisation
     gains 3 points and 3 standard errors, or when the folders' usual answers explain 20 points more than the class list. Warns when
@@ -135,15 +137,6 @@ def preflight(
     limit = 1 / options + PLAUSIBLE_SHARE * (1 - 1 / options)
     implausible = top1 + 2 * math.sqrt(limit * (1 - limit) / len(shown)) < limit
 
-    now = teacher.preprocessing
-    order = _class_order(run, logits.argmax(1).numpy(), split.folder_of[shown], right, train.folders)
-    enough = PREFLIGHT_IMAGES if not run.late(0.15) else PREFLIGHT_IMAGES // 2 if not run.late(0.3) else PREFLIGHT_LEAST
-    alternatives = [
-        _compare("normalisation", name, right[:enough], run.answers(run.logits(views[:enough], instead)) == targets[:enough])
-        for name in NORMALISATIONS
-        if not _nearly_the_same(instead := _normalised(now, name), now)
-    ]
-
     cut, crop_targets, scales = run.crops(train, crops, size)
     crop_logits = run.logits(cut, teacher.preprocessing, share=0.3)
     cut, crop_targets, scales = cut[: len(crop_logits)], crop_targets[: len(crop_logits)], scales[: len(crop_logits)]
@@ -155,29 +148,42 @@ def preflight(
         if (inside := (scales > low) & (scales <= high)).any()
     )
 
-    tried = [] if order is None else [order]
-    tried += alternatives
-    # What a wrong normalisation costs a robust teacher is a few points: where one looks better, the crops make it certain.
-    best = max(alternatives, key=lambda alternative: alternative.top1 - alternative.given, default=None)
-    if best is not None and best.top1 - best.given >= BETTER_POINTS / 2 and not (implausible and _significant(best)):
-        instead = _normalised(now, best.setting)
-        better = np.concatenate([run.answers(run.logits(views, instead)) == targets, run.answers(run.logits(cut, instead)) == crop_targets])
-        tried[tried.index(best)] = _compare("normalisation", best.setting, np.concatenate([right, crop_right]), better)
-    sizes = [own] if (own := teacher.own_size) is not None and own != size else []
-    sizes += [other for other in SIZES if implausible and other not in (size, own)]
-    for other_size in sizes:
-        if run.late(1.0):
-            break
-        with contextlib.suppress(RuntimeError, AssertionError, ValueError):  # a model of one size only
-            other_views, _ = run.views(split, shown[:enough], other_size)
-            answers = run.answers(run.logits(other_views, now))
-            tried.append(_compare("input size", f"{other_size} px", right[:enough], answers == targets[:enough]))
+    tried: list[Alternative] = []
+    if order := _class_order(run, logits.argmax(1).numpy(), split.folder_of[shown], right, train.folders):
+        tried.append(order)
+    if order is None or not _significant(order):
+        # A robust teacher loses only a few points to a wrong normalisation, more of them on crops: where another one is not clearly worse
+        # on some images and crops, all are shown to make it certain.
+        some = (PREFLIGHT_IMAGES if not run.late(0.5) else PREFLIGHT_LEAST) // 2
+        pixels, rights = (torch.cat([views[:some], cut[:some]]), np.concatenate([right[:some], crop_right[:some]]))
+        wanted = np.concatenate([targets[:some], crop_targets[:some]])
+        now = teacher.preprocessing
+        others = [
+            _compare("normalisation", name, rights, run.answers(run.logits(pixels, other)) == wanted)
+            for name in NORMALISATIONS
+            if not _nearly_the_same(other := _normalised(now, name), now)
+        ]
+        best = max(others, key=lambda alternative: alternative.top1 - alternative.given)
+        if best.sigmas > -1 and not (implausible and _significant(best)):
+            other = _normalised(now, best.setting)
+            better = np.concatenate([run.answers(run.logits(views, other)) == targets, run.answers(run.logits(cut, other)) == crop_targets])
+            others[others.index(best)] = _compare("normalisation", best.setting, np.concatenate([right, crop_right]), better)
+        tried += others
+        sizes = [own] if (own := teacher.own_size) is not None and own != size else []
+        sizes += [other_size for other_size in SIZES if implausible and other_size not in (size, own)]
+        for other_size in sizes:
+            if run.late(1.0):
+                break
+            with contextlib.suppress(RuntimeError, AssertionError, ValueError):  # a model of one size only
+                resized, _ = run.views(split, shown[:PREFLIGHT_LEAST], other_size)
+                answers = run.answers(run.logits(resized, now))
+                tried.append(_compare("input size", f"{other_size} px", right[: len(answers)], answers == targets[: len(answers)]))
 
     warnings = [f"{', '.join(teacher.assumed)}: not given by {teacher.spec}, assumed {_assumptions(teacher)}"] if teacher.assumed else []
     agreement, sure = float(crop_right.mean()), float(confidence.mean())
-    warnings += _overconfident(agreement, sure, bands)
     refusal = _verdict(top1, limit, len(shown), source, options, implausible, tried, teacher)
     if refusal is None:
+        warnings += _overconfident(agreement, sure, bands)
         warnings += [
             f"at {other.setting} the teacher gets {other.top1:.1%} of the same images right, at {size} px {other.given:.1%}"
             for other in tried
@@ -309,11 +315,15 @@ def _significant(alternative: Alternative) -> bool:
 def _class_order(
     run: _Preflight, answers: NDArray[np.int64], folder_of: NDArray[np.int32], right: NDArray[np.bool_], folders: Sequence[str]
 ) -> Alternative | None:
-    """How many images get the answer that the other images of their folder mostly get: high for a good teacher whatever its class list."""
+    """How many images get the answer that the other images of their folder mostly get: high for a good teacher whatever its class list.
+
+    None when that says nothing about the list: too few images a folder, or several folders that get the same answer.
+    """
     columns = run.classes.columns
     usual = np.zeros(len(answers), bool)
     judged = np.zeros(len(answers), bool)
     moved: list[str] = []
+    usual_ids: list[int] = []
     for folder in np.unique(folder_of):
         members = np.flatnonzero(folder_of == folder)
         if len(members) < 3:
@@ -323,11 +333,12 @@ def _class_order(
             others = counts - (ids == answers[i])  # leaving the image itself out, or few images would explain themselves
             usual[i] = answers[i] == ids[others.argmax()]
         judged[members] = True
+        usual_ids.append(int(ids[counts.argmax()]))
         kept = int(run.classes.class_of_folder[folder])
         given = int(columns[kept]) if columns is not None else kept
-        if ids[counts.argmax()] != given:
-            moved.append(f"{folders[folder]!r} is listed as class {given} but mostly answered as {ids[counts.argmax()]}")
-    if not judged.any():
+        if usual_ids[-1] != given:
+            moved.append(f"{folders[folder]!r} is listed as class {given} but mostly answered as {usual_ids[-1]}")
+    if not usual_ids or len(set(usual_ids)) < ORDER_DISTINCT * len(usual_ids):
         return None
     return _compare("class order", "; ".join(moved[:3]) or "as listed", right[judged], usual[judged])
 
@@ -371,7 +382,8 @@ def _verdict(
         found = f"each folder's most frequent answer explains {figures} ({cause.setting}); correct the teacher's list of classes"
     elif cause.kind == "normalisation":
         now = teacher.preprocessing
-        found = f"with {cause.setting} it gets {figures} (now mean {_round(now.mean)}, std {_round(now.std)}); correct its mean and std"
+        shown = f"now mean {_round(now.mean)}, std {_round(now.std)}"
+        found = f"with {cause.setting} it gets {figures} on images and crops ({shown}); correct its mean and std"
     else:
         found = f"at {cause.setting} it gets {figures} (now {teacher.preprocessing.input_size} px); give --input-size or correct input_size"
     return f"{text}. Likely cause: {cause.kind}: {found}, or label all the same with --skip-preflight"

@@ -1,0 +1,387 @@
+"""Labelling: a store holds what the teacher says of exactly its crops, whatever interrupts the work."""
+
+import dataclasses
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_teachers import GREYS
+
+from ferkd import labeling, store
+from ferkd.crops import read_photo, take_crop
+from ferkd.errors import CheckFailed, InputError, Stopped, StoreError
+from ferkd.labeling import LabelSettings, label
+from ferkd.store import LabelStore, StoreWriter
+from ferkd.teacher import load_teacher
+
+
+@pytest.fixture(scope="module")
+def greys(tmp_path_factory):
+    """Noisy pictures of eight grey levels, 20 to 32 px: 22 a class to train on (176: not a multiple of 64), 8 to validate."""
+    root = tmp_path_factory.mktemp("greys")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 22), ("val", 8)):
+        for i, level in enumerate(GREYS):
+            folder = root / split / f"g{i}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                height, width = random.integers(20, 33, 2)
+                pixels = np.clip(level + random.normal(0, 30, (height, width, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+    return root
+
+
+@pytest.fixture
+def settings(greys, tmp_path):
+    # 7 crops and batches of 20: neither photos nor units of 64 photos end where a batch does.
+    return LabelSettings(greys, "python:tiny_teachers:grey", tmp_path / "store", crops=7, topk=3, batch_size=20, skip_preflight=True)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Every file of a store but the lock."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file() and file.name != "lock"}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(greys, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted") / "store"
+    with pytest.MonkeyPatch.context() as patch:
+        small_shards(patch)
+        label(LabelSettings(greys, "python:tiny_teachers:grey", out, crops=7, topk=3, batch_size=20, skip_preflight=True))
+    assert len([name for name in contents(out) if name.startswith("shards")]) == 2
+    return contents(out)
+
+
+def small_shards(patch: pytest.MonkeyPatch) -> None:
+    """Two shards: 128 photos and 48."""
+    patch.setattr(store, "SHARD_BYTES", 128 * 7 * (8 + 3 * 4))
+
+
+# ---- What is stored
+
+
+@pytest.mark.parametrize("layout", ["exact", "compact"])
+def test_a_label_is_what_the_teacher_says_of_the_stored_crop(settings, layout):
+    stored = label(dataclasses.replace(settings, layout=layout))
+    teacher = load_teacher(settings.teacher)
+    assert (len(stored), stored.crops, stored.k, stored.classes) == (176, 7, 3, 8)
+    for image in (0, 63, 64, 100, 175):
+        labels = stored.read(image)
+        photo = read_photo(settings.data / "train" / labels.path)
+        assert labels.photo_crc == photo.crc
+        assert (labels.height, labels.width) == photo.image.shape[1:]
+        assert stored.class_names[labels.target] == labels.path.split("/")[0]
+        boxes, flips = labels.boxes(np.arange(7))
+        pixels = torch.stack([take_crop(photo.image, box, flip, 16, "bilinear") for box, flip in zip(boxes, flips, strict=True)])
+        expected = torch.softmax(teacher.model(teacher.preprocessing.normalise(pixels)), 1)
+        ids, probs = stored.unpack(labels.label_words)
+        assert (ids[:, 0] == expected.argmax(1).numpy()).all()
+        np.testing.assert_allclose(probs[:, 0], expected.amax(1).numpy(), atol=5e-4)
+    manifest = stored.manifest
+    assert manifest.provenance["teacher"]["weights_sha256"] == teacher.weights_sha256
+    assert manifest.provenance["preprocessing"] == teacher.preprocessing.as_dict()
+    assert (manifest.temperature, manifest.batch_size, manifest.failed) == (1.0, 20, {})
+
+
+def test_only_the_folders_classes_can_be_kept(greys, tmp_path):
+    for name in ("g6", "g2"):
+        shutil.copytree(greys / "train" / name, tmp_path / "data/train" / name)
+    spec = "python:tiny_teachers:permuted"
+    stored = label(LabelSettings(tmp_path / "data", spec, tmp_path / "store", crops=4, topk=2, classes="folder", skip_preflight=True))
+    assert stored.class_names == ("g2", "g6")
+    assert dict(stored.folders) == {"g2": 0, "g6": 1}
+    _, probs = stored.unpack(stored.read(0).label_words)
+    np.testing.assert_allclose(probs.sum(1), 1.0, atol=2e-3)
+    every = label(LabelSettings(tmp_path / "data", spec, tmp_path / "every", crops=4, topk=2, skip_preflight=True))
+    assert every.classes == 8
+    assert dict(every.folders) == {"g2": 7, "g6": 3}
+
+
+def test_a_limit_is_spread_over_the_sorted_list(settings):
+    stored = label(dataclasses.replace(settings, limit=16))
+    assert [stored.entry(i).path for i in range(16)] == [f"g{i // 2}/{'00' if i % 2 == 0 else '11'}.png" for i in range(16)]
+
+
+def test_every_photo_is_decoded_once(settings, monkeypatch):
+    read = []
+    monkeypatch.setattr(labeling, "read_photo", lambda path, name: read.append(name) or read_photo(path, name=name))
+    label(settings)
+    assert len(read) == len(set(read)) == 176
+
+
+def test_the_number_of_threads_changes_nothing(settings, uninterrupted, monkeypatch):
+    small_shards(monkeypatch)
+    for workers in (0, 3):
+        out = settings.out.with_name(f"with{workers}")
+        label(dataclasses.replace(settings, workers=workers, out=out))
+        assert contents(out) == uninterrupted
+
+
+def test_the_teacher_always_sees_whole_batches(settings, monkeypatch):
+    rows = []
+    answer = labeling.answer_logits
+
+    def counting(model, how, pixels, autocast):
+        rows.append(len(pixels))
+        return answer(model, how, pixels, autocast)
+
+    monkeypatch.setattr(labeling, "answer_logits", counting)
+    label(settings)
+    assert set(rows) == {20}
+    assert len(rows) == -(-176 * 7 // 20)
+
+
+# ---- Interruptions
+
+
+def _label_and_die(settings: LabelSettings, kill_at: int) -> None:
+    """In a process of its own: labels, and kills itself with SIGKILL right before the n-th time that something is made durable."""
+    calls = 0
+    fsync = os.fsync
+
+    def counting_fsync(fd: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(fd)
+
+    os.fsync = counting_fsync
+    with pytest.MonkeyPatch.context() as patch:
+        small_shards(patch)
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        label(settings)
+
+
+def test_after_a_kill_at_any_point_the_finished_store_is_the_same_to_the_byte(settings, uninterrupted, monkeypatch):
+    small_shards(monkeypatch)
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["ferkd.labeling", "tiny_teachers"])
+    killed = 0
+    for kill_at in range(1, 200):
+        if kill_at > 8 and kill_at % 3:
+            continue
+        out = settings.out.with_name(f"killed{kill_at}")
+        process = processes.Process(target=_label_and_die, args=(dataclasses.replace(settings, out=out), kill_at))
+        process.start()
+        process.join(60)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        killed += 1
+        label(dataclasses.replace(settings, out=out), lambda _: None)
+        assert contents(out) == uninterrupted, f"killed before fsync {kill_at}"
+    assert killed >= 8
+
+
+def test_a_store_killed_again_and_again_gets_finished(settings, uninterrupted):
+    processes = multiprocessing.get_context("forkserver")
+    exits = []
+    while exits[-1:] != [0] and len(exits) < 30:
+        process = processes.Process(target=_label_and_die, args=(settings, 6))
+        process.start()
+        process.join(60)
+        exits.append(process.exitcode)
+    assert exits[:2] == [-signal.SIGKILL] * 2
+    assert exits[-1] == 0
+    assert contents(settings.out) == uninterrupted
+
+
+@pytest.mark.parametrize("patience", [1e9, 0.0])
+def test_sigterm_stops_and_the_same_command_goes_on(settings, uninterrupted, monkeypatch, patience):
+    small_shards(monkeypatch)
+    monkeypatch.setattr(labeling, "STOP_SECONDS", patience)  # long: the unit is finished first; none: it is given up
+    before = signal.getsignal(signal.SIGTERM)
+    sent = []
+    answer = labeling.answer_logits
+
+    def terminate_once(*arguments):
+        sent.append(0)
+        if len(sent) == 30:  # of 63: in the second unit
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answer(*arguments)
+
+    monkeypatch.setattr(labeling, "answer_logits", terminate_once)
+    with pytest.raises(Stopped, match=r"stopped after \d+ of 1,232 crops; start the same command again"):
+        label(settings)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert len(sent) == (30 if patience == 0.0 else 45)
+    said = []
+    label(settings, said.append)
+    assert contents(settings.out) == uninterrupted
+    already = 64 if patience == 0.0 else 128
+    assert f"{already} of 176 photos are labelled already" in said
+
+
+def test_a_finished_store_is_left_alone(settings):
+    label(settings)
+    before, said = contents(settings.out), []
+    label(settings, said.append)
+    assert contents(settings.out) == before
+    assert any("is complete already" in line for line in said)
+
+
+# ---- Bad input
+
+
+def test_a_bad_photo_is_recorded_and_stops_nothing(settings, greys, tmp_path, uninterrupted):
+    shutil.copytree(greys, tmp_path / "data")
+    (tmp_path / "data/train/g0/03.png").write_bytes(b"")
+    whole = (greys / "train/g7/21.png").read_bytes()
+    (tmp_path / "data/train/g7/21.png").write_bytes(whole[: len(whole) // 2])
+    said = []
+    stored = label(dataclasses.replace(settings, data=tmp_path / "data"), said.append)
+    assert sorted(stored.manifest.failed) == ["g0/03.png", "g7/21.png"]
+    assert stored.manifest.failed["g0/03.png"] == "0 bytes: the file is empty"
+    assert stored.entry(3).width == 0
+    assert "2 photos could not be read and have no labels (manifest.json lists all):" in said
+    assert "  g0/03.png: 0 bytes: the file is empty" in said
+    good = label(dataclasses.replace(settings, out=tmp_path / "good"), lambda _: None)
+    for image in (2, 4, 174):
+        assert (stored.read(image).label_words == good.read(image).label_words).all()
+
+
+def test_a_teacher_that_answers_nan_names_photo_and_crop_and_keeps_what_is_done(settings, monkeypatch, uninterrupted):
+    small_shards(monkeypatch)
+    answer, calls = labeling.answer_logits, []
+
+    def sick(*arguments):
+        logits = answer(*arguments).clone()
+        calls.append(0)
+        if len(calls) == 30:
+            logits[5] = float("nan")  # crop 29 * 20 + 5 = 585: crop 4 of photo 83
+        return logits
+
+    monkeypatch.setattr(labeling, "answer_logits", sick)
+    with pytest.raises(InputError, match=r"train/g3/17.png: the teacher answers NaN to its crop 4 "):
+        label(settings)
+    label(settings)
+    assert contents(settings.out) == uninterrupted
+
+
+def test_more_answers_than_classes_are_refused_before_anything_runs(settings):
+    with pytest.raises(InputError, match="topk: 9, but there are only 8 classes"):
+        label(dataclasses.replace(settings, topk=9))
+    assert not settings.out.exists()
+
+
+def test_other_settings_on_a_store_are_refused(settings):
+    label(dataclasses.replace(settings, limit=10))
+    for change in ({"crops": 8}, {"seed": 1}, {"teacher": "python:tiny_teachers:vague"}, {"batch_size": 16}):
+        with pytest.raises(StoreError, match="another labelling job"):
+            label(dataclasses.replace(settings, limit=10, **change))
+    with pytest.raises(StoreError):
+        label(dataclasses.replace(settings, limit=11))
+
+
+def test_two_labellers_on_one_store_are_refused(settings):
+    job = labeling.plan_job(settings)
+    with StoreWriter(settings.out, job.plan), pytest.raises(StoreError, match="another labeller is at work"):
+        label(settings)
+
+
+def test_a_folder_that_cannot_be_written_is_named(settings, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StoreError, match="file"):
+        label(dataclasses.replace(settings, out=tmp_path / "file/store"))
+
+
+def test_a_full_disk_loses_nothing(settings, monkeypatch, uninterrupted):
+    small_shards(monkeypatch)
+    fsync, calls = os.fsync, []
+
+    def full(fd):
+        calls.append(0)
+        if len(calls) == 7:
+            raise OSError(28, "No space left on device")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match=r"the disk is full.*run the same command again"):
+        label(settings)
+    label(settings)
+    assert contents(settings.out) == uninterrupted
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda root: shutil.rmtree(root / "train"), "train: no such folder"),
+        (lambda root: (root / "train/empty").mkdir(), "train/empty: class folder without an image"),
+        (lambda root: (root / "val/g7").rename(root / "val/other"), r"not in val: 'g7'; only in val: 'other'"),
+    ],
+)
+def test_a_dataset_that_is_none_is_refused(settings, greys, tmp_path, damage, message):
+    shutil.copytree(greys, tmp_path / "data")
+    damage(tmp_path / "data")
+    with pytest.raises(InputError, match=message):
+        label(dataclasses.replace(settings, data=tmp_path / "data"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"crops": 0}, "crops: 0"),
+        ({"topk": 0}, "topk: 0"),
+        ({"limit": -1}, "limit: -1"),
+        ({"workers": -1}, "workers: -1"),
+        ({"layout": "tiny"}, "layout: 'tiny'"),
+        ({"autocast": "int8"}, "autocast: 'int8'"),
+        ({"device": "gpu"}, "device: 'gpu'"),
+        ({"device": "cuda:99"}, "device: cuda:99, but PyTorch sees"),
+        ({"scale": (0.5, 0.1)}, "scale"),
+        ({"seed": -1}, "seed: -1"),
+        ({"teacher": "resnet18"}, "names no model"),
+        ({"input_size": 100_000}, "input_size: 100000"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(settings, change, message):
+    with pytest.raises(InputError, match=message):
+        label(dataclasses.replace(settings, **change))
+
+
+# ---- What people are told
+
+
+def test_a_dry_run_estimates_and_writes_nothing(settings):
+    said = []
+    assert label(dataclasses.replace(settings, dry_run=True), said.append) is None
+    assert not settings.out.exists()
+    assert said[-1].startswith("dry run: ")
+    assert "so 1,232 crops take" in said[-1]
+    assert "24.6 kB; nothing was written" in said[-1]
+
+
+def test_the_estimate_comes_first_and_the_summary_last(settings):
+    said = []
+    label(settings, said.append)
+    assert said[0].startswith("1,232 crops (176 photos x 7) for python:tiny_teachers:grey at 16 px on ")
+    assert said[1].startswith("20 bytes a crop (top 3 of 8")
+    assert any(line.startswith("measured ") and line.endswith("to come") for line in said)
+    assert said[-3].startswith(f"{settings.out}: 1,232 crops of 176 photos")
+    assert said[-2].startswith("labelled 1,232 crops in ")
+    assert said[-1].startswith("confidence (largest probability): 10% of crops below 0.")
+
+
+def test_a_refused_teacher_writes_nothing_unless_told_to(settings):
+    wrong = dataclasses.replace(settings, teacher="python:tiny_teachers:permuted", skip_preflight=False)
+    with pytest.raises(CheckFailed, match="Likely cause: class order"):
+        label(wrong)
+    assert not settings.out.exists()
+    assert isinstance(label(dataclasses.replace(wrong, skip_preflight=True, limit=8)), LabelStore)
+
+
+def test_the_preflight_runs_once_for_a_store(settings, monkeypatch):
+    said = []
+    label(dataclasses.replace(settings, skip_preflight=False, limit=20), said.append)
+    assert any(line.startswith("preflight: the teacher recognises ") for line in said)
+    monkeypatch.setattr(labeling, "preflight", None)
+    label(dataclasses.replace(settings, skip_preflight=False, limit=20), said.append)
+    assert "preflight: passed when this store was begun" in said
