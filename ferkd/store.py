@@ -750,7 +750,7 @@ class StoreWriter:
         write_whole(self.path / "job.json", [_sealed_json({**self._job, "provenance": provenance, "resumed_with": self._resumed_with})])
 
     def _compare(self, found: Mapping[str, Any], file: Path) -> list[str]:
-        """Compares the job found with this one: StoreError for a difference, warnings (returned too) for those that are only told."""
+        """Compares the job found with this one: StoreError for a difference; those that only warn are returned, with this job's value."""
         told = []
         for name, there, here in _differences(found, self._job):
             text = f"{name}: {_short(here)} here, {_short(there)} there"
@@ -771,7 +771,7 @@ class StoreWriter:
                 "the labels will agree closely, not to the bit",
                 stacklevel=4,
             )
-        return [f"{text.split(' here, ')[0]}" for text in told]
+        return [text.split(" here, ")[0] for text in told]
 
     # -- What there is to do
 

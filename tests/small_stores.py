@@ -1,6 +1,7 @@
 """Small stores for tests: made without a teacher, the same bytes every time."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -32,20 +33,19 @@ def small_plan(images=150, crops=4, k=3, classes=10, box_codec="stored", label_c
 
 
 def labelled(plan, image):
-    """The answer for one image of a plan, a function of its number only; every 50th could not be read."""
+    """The answer for one image of a plan, a function of its number and the plan's form only; every 50th could not be read."""
+    return _labelled(image, plan.crops, plan.k, plan.classes, plan.box_codec, plan.label_codec, plan.crop_settings)
+
+
+@functools.lru_cache(maxsize=4096)  # the tests that kill a labeller at every step label the same images hundreds of times
+def _labelled(image, crops, k, classes, box_codec, label_codec, crop_settings):
     if image % 50 == 7:
         return LabelledImage(0, 0, 0, None, None, f"image {image} cannot be decoded")
     rng = np.random.default_rng(image)
-    boxes, flips = draw_crops(plan.crop_settings, image, np.arange(plan.crops), WIDTH, HEIGHT)
-    ids = np.argsort(rng.random((plan.crops, plan.classes)), axis=1)[:, : plan.k]
-    probs = rng.dirichlet(np.full(plan.k + 1, 0.3), size=plan.crops)[:, : plan.k].astype(np.float32)
-    return LabelledImage(
-        WIDTH,
-        HEIGHT,
-        image,
-        pack_boxes(boxes, flips) if plan.box_codec == "stored" else None,
-        pack_labels(ids, probs, plan.label_codec, plan.classes),
-    )
+    ids = np.argsort(rng.random((crops, classes)), axis=1)[:, :k]
+    probs = rng.dirichlet(np.full(k + 1, 0.3), size=crops)[:, :k].astype(np.float32)
+    boxes = pack_boxes(*draw_crops(crop_settings, image, np.arange(crops), WIDTH, HEIGHT)) if box_codec == "stored" else None
+    return LabelledImage(WIDTH, HEIGHT, image, boxes, pack_labels(ids, probs, label_codec, classes))
 
 
 def write_missing(writer, answers=labelled):
