@@ -20,6 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import find_packages, setup
 
 CXX_FLAGS = [
@@ -54,7 +55,7 @@ def why_no_cuda() -> "str | None":
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("/usr/local/cuda/bin/nvcc")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if nvcc is None:
         return f"nvcc was not found {f'in {home}/bin (CUDA_HOME)' if home else '(put it on PATH or set CUDA_HOME)'}"
     try:
@@ -79,6 +80,8 @@ def why_no_cuda() -> "str | None":
 
 def extensions() -> "tuple[list, dict]":
     """The extension modules to build here and the command that builds them."""
+    if int(setuptools.__version__.split(".")[0]) < 80:  # --no-build-isolation does not look at build-system.requires
+        raise SystemExit(f"ferkd: setuptools {setuptools.__version__} is too old; run `{sys.executable} -m pip install 'setuptools>=80'`")
     if switch("FERKD_EXT") is False:
         say("FERKD_EXT=0: no extension is built; ferkd_loss has only its `reference` backend")
         return [], {}
