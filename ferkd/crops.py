@@ -116,6 +116,17 @@ def draw_crops(
         raise InputError(f"crops: {crops.dtype} {crops.shape}; give the crops' numbers as whole numbers [n]")
     if not 0 <= image < 1 << 32 or (len(crops) and not (int(crops.min()) >= 0 and int(crops.max()) < 1 << 32)):
         raise InputError(f"image {image}, crops {crops}: numbers must be from 0 to 4,294,967,295")
+    draw = _draw_few if len(crops) <= _FEW else _draw_many
+    return draw(settings, image, crops, width, height)
+
+
+_FEW = 16
+# Up to here Python's integers are faster than NumPy's arrays: 4 crops of a training step in 40 us against 200 us.
+
+
+def _draw_many(
+    settings: CropSettings, image: int, crops: npt.NDArray[Any], width: int, height: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
     n = len(crops)
     counter = np.zeros((n, TRIES, 4), np.uint64)
     counter[:, :, 0] = crops[:, None]
@@ -143,6 +154,43 @@ def draw_crops(
         boxes[~found] = _centre_crop(settings.ratio, width, height)
     flips = (r[:, 0, 1] & np.uint64(1)).astype(np.bool_) & settings.flip
     return boxes, flips
+
+
+def _draw_few(
+    settings: CropSettings, image: int, crops: npt.NDArray[Any], width: int, height: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+    low, high = (round(bound * 2**32) for bound in settings.scale)
+    span, whole = high - low, width * height
+    aspects, inverses = _aspect_lists(settings.ratio)
+    keys = [((settings.seed + a) & 0xFFFFFFFF, (image + b) & 0xFFFFFFFF) for a, b in _KEY_STEPS]
+    boxes = np.empty((len(crops), 4), np.int32)
+    flips = np.zeros(len(crops), np.bool_)
+    for row, crop in enumerate(crops.tolist()):
+        for t in range(TRIES):
+            c0, c1, c2, c3 = crop, t, 0, 0
+            for k0, k1 in keys:
+                product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+                c0, c1, c2, c3 = product1 >> 32 ^ c1 ^ k0, product1 & 0xFFFFFFFF, product0 >> 32 ^ c3 ^ k1, product0 & 0xFFFFFFFF
+            if t == 0:
+                flips[row] = settings.flip and c1 & 1
+            area = whole * (low + (c0 * span >> 32)) >> 16
+            w = math.isqrt(area * aspects[c1 >> 22]) + (1 << 15) >> 16
+            h = math.isqrt(area * inverses[c1 >> 22]) + (1 << 15) >> 16
+            if 1 <= w <= width and 1 <= h <= height:
+                boxes[row] = c2 * (width - w + 1) >> 32, c3 * (height - h + 1) >> 32, w, h
+                break
+        else:
+            boxes[row] = _centre_crop(settings.ratio, width, height)
+    return boxes, flips
+
+
+_KEY_STEPS = [(i * 0x9E3779B9, i * 0xBB67AE85) for i in range(10)]
+
+
+@functools.lru_cache(maxsize=64)
+def _aspect_lists(ratio: tuple[float, float]) -> tuple[list[int], list[int]]:
+    aspects, inverses = aspect_table(ratio)
+    return aspects.tolist(), inverses.tolist()
 
 
 def _centre_crop(ratio: tuple[float, float], width: int, height: int) -> tuple[int, int, int, int]:

@@ -109,10 +109,23 @@ def draws(draw):
 def test_every_draw_is_the_format_pages_and_inside_the_photo(case):
     crops, image, numbers, width, height = case
     boxes, flips = draw_crops(crops, image, np.array(numbers, np.int64), width, height)
+    # Few crops and many are drawn by different code: one after the other in integers, or all at once in arrays.
+    many, many_flips = draw_crops(crops, image, np.array(numbers + [5] * 20, np.int64), width, height)
+    assert (many[: len(numbers)] == boxes).all()
+    assert (many_flips[: len(numbers)] == flips).all()
     for number, (left, top, w, h), flip in zip(numbers, boxes.tolist(), flips.tolist(), strict=True):
         assert draw_by_the_page(crops, image, number, width, height) == ([left, top, w, h], flip)
         assert 0 <= left < left + w <= width
         assert 0 <= top < top + h <= height
+
+
+def test_drawing_one_by_one_and_all_at_once_agree_on_many_crops():
+    for crops in (CropSettings(seed=5), CropSettings(seed=6, scale=(0.5, 1.0), ratio=(0.25, 4.0), flip=False)):
+        boxes, flips = draw_crops(crops, 2**31, np.arange(400), 333, 111)
+        for first in range(0, 400, 16):
+            some, some_flips = draw_crops(crops, 2**31, np.arange(first, first + 16), 333, 111)
+            assert (some == boxes[first : first + 16]).all()
+            assert (some_flips == flips[first : first + 16]).all()
 
 
 def test_a_crop_does_not_depend_on_which_others_are_drawn_with_it():
