@@ -167,6 +167,16 @@ def unpack_labels(
     return ids64, probs
 
 
+def top_probabilities(words: npt.NDArray[np.uint32], codec: LabelCodec, k: int, classes: int) -> npt.NDArray[np.float32]:
+    """The largest probability of each label, [N] float32: the first, in both codecs. A fraction of the work of `unpack_labels`."""
+    if codec == "packed":
+        share, _ = _share(_field(words, k * id_bits(classes), FIRST_BITS), 0, classes)
+        return share
+    halves = words[:, 0] >> np.uint32(16) if classes <= HALF_ID16_CLASSES else words[:, k] & np.uint32(0xFFFF)
+    top: npt.NDArray[np.float32] = halves.astype(np.uint16).view(np.float16).astype(np.float32)
+    return top
+
+
 def _field(words: npt.NDArray[np.uint32], at: int, bits: int) -> npt.NDArray[np.uint32]:
     """The field of `bits` bits that begins at bit `at` of each label."""
     value: npt.NDArray[np.uint32] = words[:, at // 32] >> np.uint32(at % 32)

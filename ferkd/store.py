@@ -28,7 +28,7 @@ import numpy.typing as npt
 from ferkd.crops import CropSettings, draw_crops
 from ferkd.durable import JobLock, naming_file, sync_folder, write_all, write_whole
 from ferkd.errors import InputError, StoreError
-from ferkd.records import MAX_SIDE, BoxCodec, LabelCodec, Records, crop_bytes, label_words, unpack_boxes, unpack_labels
+from ferkd.records import MAX_SIDE, BoxCodec, LabelCodec, Records, crop_bytes, label_words, top_probabilities, unpack_boxes, unpack_labels
 
 if TYPE_CHECKING:
     from ferkd.regions import RegionPolicy
@@ -498,9 +498,13 @@ class LabelStore:
                     words[len(images)] = labels.label_words
                     images.append(image)
             if images:
-                ids, probs = self.unpack(words[: len(images)].reshape(-1, self.label_width))
-                target = torch.from_numpy(self.targets[images].astype(np.int64)).repeat_interleave(m)
-                confidence = confidence_of(torch.from_numpy(ids), torch.from_numpy(probs), target, self.classes, policy.confidence)
+                rows = words[: len(images)].reshape(-1, self.label_width)
+                if policy.confidence == "max":
+                    confidence = torch.from_numpy(top_probabilities(rows, self.label_codec, self.k, self.classes))
+                else:
+                    ids, probs = (torch.from_numpy(part) for part in self.unpack(rows))
+                    target = torch.from_numpy(self.targets[images].astype(np.int64)).repeat_interleave(m)
+                    confidence = confidence_of(ids, probs, target, self.classes, policy.confidence)
                 region = region_of(confidence, policy).numpy().reshape(-1, m)
                 usable[images] = (region != Region.DISCARDED).any(axis=1)
                 counts += np.bincount(region.ravel(), minlength=len(Region))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ferkd.errors import InputError
-from ferkd.records import Records, crop_bytes, label_words, pack_boxes, pack_labels, unpack_boxes, unpack_labels
+from ferkd.records import Records, crop_bytes, label_words, pack_boxes, pack_labels, top_probabilities, unpack_boxes, unpack_labels
 
 BOTH = pytest.mark.parametrize("codec", ["half", "packed"])
 
@@ -167,6 +167,14 @@ def test_the_order_in_which_answers_come_does_not_matter(codec):
     p[:, 2] = p[:, 3]  # a tie
     shuffle = np.random.default_rng(1).permutation(6)
     assert (pack_labels(ids[:, shuffle], p[:, shuffle], codec, 50) == pack_labels(ids, p, codec, 50)).all()
+
+
+@BOTH
+@pytest.mark.parametrize(("classes", "k"), [(2, 2), (1000, 5), (70000, 4)])
+def test_the_top_probability_is_the_largest_that_unpacking_finds(codec, classes, k):
+    ids, p = softmax_answers(50, classes, k)
+    words = pack_labels(ids, p, codec, classes)
+    assert (top_probabilities(words, codec, k, classes) == unpack_labels(words, codec, k, classes)[1].max(axis=1)).all()
 
 
 @BOTH
