@@ -37,7 +37,7 @@ BETTER_SIGMAS = 3.0  # ...and this many standard errors over the same images
 ORDER_POINTS = 0.2  # each folder's usual answer must explain this much more than the class list does
 ORDER_DISTINCT = 0.9  # ...and nearly all of these answers must differ, or it is a bad teacher rather than a permuted list
 OVERCONFIDENT_POINTS = 0.15
-BAND_LEAST = 20  # crops in a band before it is judged
+BAND_LEAST = 30  # crops in a band before it is judged
 
 NORMALISATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "ImageNet's mean and std": (IMAGENET_MEAN, IMAGENET_STD),
@@ -353,7 +353,8 @@ def _overconfident(agreement: float, confidence: float, bands: Sequence[Band]) -
     for band in bands:
         if band.crops >= BAND_LEAST and band.confidence - band.agreement > OVERCONFIDENT_POINTS:
             where = f"on crops of {band.low:.0%} to {band.high:.0%} of the photo ({band.crops} crops)"
-            warnings.append(text(where, band.agreement, band.confidence) + "; consider a larger --scale")
+            advice = "; consider a larger lower --scale" if band.high <= 0.5 else ""
+            warnings.append(text(where, band.agreement, band.confidence) + advice)
     return warnings
 
 
