@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -392,13 +393,16 @@ def training_loader(dataset: Dataset[ImageCrops], sampler: StreamSampler, worker
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=one_thread,
+        worker_init_fn=start_worker,
         generator=torch.Generator(),  # else starting the loader would draw from the global one, which a resumed run must find untouched
     )
 
 
-def one_thread(worker: int) -> None:
+def start_worker(worker: int) -> None:
+    """What every loader process does first."""
     torch.set_num_threads(1)  # workers share the cores; a pool of threads in each would only fight
+    # A scheduler sends SIGTERM to the whole job. The main process answers it by saving, for which it still needs its loader.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def check_same_photos(root: Path, store: LabelStore, samples: int = 16) -> None:

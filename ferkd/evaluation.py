@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from ferkd.data import CenterViews, one_thread
+from ferkd.data import CenterViews, start_worker
 from ferkd.folders import class_mapping, scan_split
 from ferkd.teacher import LoadedModel, Preprocessing
 
@@ -63,7 +63,7 @@ def evaluate(
     elif workers is None:
         workers = min(8, max(0, (os.cpu_count() or 1) - 1))
     generator = torch.Generator()  # evaluating must not draw from the global one, whose state belongs to training
-    loader = DataLoader(views, batch_size=batch_size, num_workers=workers, worker_init_fn=one_thread, generator=generator)
+    loader = DataLoader(views, batch_size=batch_size, num_workers=workers, worker_init_fn=start_worker, generator=generator)
     for pixels, targets, _ in loader:
         normalised = ((pixels.to(device).float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
         target = targets.to(device)
