@@ -260,10 +260,9 @@ def pack_boxes(boxes: npt.NDArray[Any], flips: npt.NDArray[np.bool_]) -> npt.NDA
 
 def unpack_boxes(words: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
     """The boxes [N, 4] int32 (left, top, width, height) and flips [N] bool of packed boxes [N] uint64."""
-    words = np.asarray(words, np.uint64)
-    boxes = (words[..., None] >> _BOX_SHIFTS & _BOX_FIELD).astype(np.int32)
-    return boxes, words >> _FLIP_SHIFT & _FLIP_FIELD != 0
+    fields = (np.asarray(words, np.uint64)[..., None] >> _BOX_SHIFTS & _BOX_MASKS).astype(np.int32)
+    return fields[..., :4], fields[..., 4].astype(np.bool_)
 
 
-_BOX_SHIFTS, _BOX_FIELD = np.array([0, 15, 30, 45], np.uint64), np.uint64(0x7FFF)
-_FLIP_SHIFT, _FLIP_FIELD = np.uint64(60), np.uint64(1)
+_BOX_SHIFTS = np.array([0, 15, 30, 45, 60], np.uint64)
+_BOX_MASKS = np.array([0x7FFF] * 4 + [1], np.uint64)

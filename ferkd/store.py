@@ -60,6 +60,7 @@ class PathTable:
 
     def __init__(self, blob: bytes | mmap.mmap, offsets: npt.NDArray[np.uint64], start: int = 0) -> None:
         self._blob, self._offsets, self._start = blob, offsets, start
+        self._at, self._len = offsets.data, len(offsets) - 1  # its elements are plain integers, and quicker than NumPy's
 
     @classmethod
     def from_paths(cls, paths: Iterable[str]) -> PathTable:
@@ -80,13 +81,13 @@ class PathTable:
         return cls(b"".join(names), offsets)
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return self._len
 
     def raw(self, i: int) -> bytes:
         """Path i's bytes. Raises IndexError outside [0, N), StoreError for offsets that are damaged."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"image {i} of {len(self)}")
-        begin, end = int(self._offsets[i]), int(self._offsets[i + 1])
+        if not 0 <= i < self._len:
+            raise IndexError(f"image {i} of {self._len}")
+        begin, end = self._at[i], self._at[i + 1]
         path = bytes(self._blob[self._start + begin : self._start + end])
         if len(path) != end - begin:  # slices stop at the end in silence
             raise StoreError(f"the index's offsets of image {i} are {begin} and {end}: index.bin is damaged; fetch it again")
@@ -356,7 +357,7 @@ class LabelStore:
         self.folders = dict(m.folders)
         self.manifest_sha256 = m.sha256
         self.label_width = label_words(m.label_codec, m.k, m.classes)
-        self._image_bytes = m.image_bytes
+        self._image_bytes, self._shard_images = m.image_bytes, m.shard_images
         self._box_bytes = m.image_bytes - 4 * m.crops * self.label_width
         self._open: collections.OrderedDict[int, _OpenShard] = collections.OrderedDict()
 
@@ -432,14 +433,14 @@ class LabelStore:
     def read(self, image: int) -> ImageLabels:
         """An image's labels by one pread, checked against the index's CRC32. Raises StoreError when anything was changed."""
         path = self._path(image)
-        number, at = divmod(image, self.manifest.shard_images)
+        number, at = divmod(image, self._shard_images)
         size = self._image_bytes
         shard = self._shard(number)  # held by name, or another thread could make it close between here and the read
         block = os.pread(shard.fd, size, at * size)
         row_at = self._rows_at + _ROW.size * image
         row = self._index[row_at : row_at + _ROW.size]
         target, width, height, photo_crc, expected = _ROW.unpack(row)
-        if len(block) != size or zlib.crc32(path, zlib.crc32(row[:12], zlib.crc32(block))) != expected:
+        if len(block) != size or zlib.crc32(row[:12] + path, zlib.crc32(block)) != expected:
             raise StoreError(
                 f"{self.path / _shard_file(number)}: the labels of image {image} ({path.decode('utf-8', 'replace')}) do not have the CRC32 "
                 f"{expected:08x} that index.bin says: one of the two files was changed; {_REBUILD}"
@@ -459,10 +460,6 @@ class LabelStore:
 
         words = np.require(words, np.uint32, ["C", "W"])
         return Records(torch.from_numpy(words.view(np.int32)), self.label_codec, self.k, self.classes)
-
-    def blocks(self, first: int, last: int) -> Iterator[tuple[int, ImageLabels]]:
-        """Images first to last (exclusive) in order, each checked as `read` checks it."""
-        return ((image, self.read(image)) for image in range(first, last))
 
     def scan(self, policy: RegionPolicy, progress: Callable[[int, int], None] | None = None) -> PolicyScan:
         """Which images are usable under a policy, and how many crops fall in each region.
