@@ -26,10 +26,12 @@ from setuptools import find_packages, setup
 CXX_FLAGS = [
     "-std=c++20",
     "-O3",
+    "-g0",
     "-fopenmp-simd",  # `omp simd` only: -fopenmp would bring a second thread pool beside PyTorch's
     "-fno-math-errno",
     "-fno-trapping-math",  # never -ffast-math: linked into a .so it turns off subnormals for the whole process, and it breaks NaN
     "-fvisibility=hidden",
+    "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",  # GCC 12 warns about its own intrinsics
 ]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]  # nothing newer than torch 2.11, nothing unstable

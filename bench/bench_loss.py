@@ -4,7 +4,7 @@
     pytest bench/bench_loss.py --benchmark-enable   the same variants under pytest-benchmark
 
 GB/s is computed from one read and one write of the logits, whatever a variant really moves; `of copy` is the median time divided by the
-copy's. `kernel` is the op alone (loss and gradient), `ferkd` is ferkd_loss and its backward through autograd.
+copy's. `copy` writes into memory that is there, `clone` allocates its output as every loss does. `kernel` is the op alone (loss and gradient), `ferkd` is ferkd_loss and its backward through autograd.
 """
 
 from __future__ import annotations
@@ -32,14 +32,18 @@ from ferkd.records import pack_labels
 SHAPES = ((256, 1000), (1024, 1000), (256, 21841))  # a small and FKD's own batch of ImageNet-1k crops; ImageNet-21k
 DTYPES = (torch.float32, torch.bfloat16)
 K = 5
-POLICY = RegionPolicy(discard_below=0.1, calibrate_below=0.3)
+POLICY = RegionPolicy(discard_below=0.02, calibrate_below=0.2)
 
 
 def problem(batch: int, classes: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Logits and labels of one step, the same for every variant: confident teachers, about a tenth of the rows discarded."""
+    """Logits and labels of one step, the same for every variant; confidence uniform in [0, 1]: 2 % of the rows discarded, 18 % calibrated.
+
+    Few are discarded because a discarded row costs ferkd next to nothing.
+    """
     generator = torch.Generator().manual_seed(0)
-    answers = torch.softmax(torch.randn(batch, classes, generator=generator) * 3 * torch.rand(batch, 1, generator=generator), dim=1)
-    probs, ids = answers.topk(K)
+    ids = torch.rand(batch, classes, generator=generator).topk(K).indices
+    first = torch.rand(batch, 1, generator=generator)
+    probs = torch.cat([first, (1 - first) * torch.minimum(first, 1 - first) * 0.5 ** torch.arange(1, K)], dim=1)
     words = torch.from_numpy(pack_labels(ids.numpy(), probs.numpy(), "half", classes).view("int32"))
     return {
         "logits": (torch.randn(batch, classes, generator=generator) * 2).to(dtype).requires_grad_(),
@@ -64,6 +68,7 @@ def variants(p: dict[str, Any], *, compiled: bool = True) -> dict[str, Callable[
     arguments += [1.0, "smooth", "mean", False, True, False, False]
     table: dict[str, Callable[[], object]] = {
         "copy": lambda: into.copy_(plain),
+        "clone": lambda: plain.clone(),
         "kernel": lambda: torch.ops.ferkd.loss_cpu(*arguments),
         "ferkd": lambda: torch.autograd.grad(ferkd_loss(logits, p["records"], target, policy=POLICY, impl="cpu"), logits),
     }

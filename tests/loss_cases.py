@@ -68,7 +68,7 @@ def dense_label(ids, probs, target, classes, policy, temperature=1.0, tail="smoo
     if temperature != 1.0:
         v, beta = v ** (1.0 / temperature), beta ** (1.0 / temperature)
         whole = v.sum() + (classes - k) * beta
-        v, beta = v / whole, beta / whole
+        v, beta = (v / whole, beta / whole) if whole else (v, beta)
     y[:] = beta
     seen = set()
     for i, value in zip(ids, v, strict=True):
