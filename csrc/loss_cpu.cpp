@@ -116,23 +116,34 @@ FERKD_AVX2 void write_float16_avx2(const float* e, Float16* to, int64_t n, float
   for (; i < n; ++i) to[i].bits = _cvtss_sh(e[i] * slope - offset, _MM_FROUND_TO_NEAREST_INT);
 }
 // AVX-512: sixteen lanes at a time, the last ones masked; `first(n)` are the lanes of the n elements that are left.
-FERKD_AVX512 inline __mmask16 first(int64_t n) { return n >= 16 ? __mmask16(0xffff) : __mmask16((1u << n) - 1u); }
+FERKD_AVX512 FERKD_INLINE __mmask16 first(int64_t n) { return n >= 16 ? __mmask16(0xffff) : __mmask16((1u << n) - 1u); }
 
-FERKD_AVX512 inline __m512 widen16(const Float16* from, __mmask16 mask) {
+FERKD_AVX512 FERKD_INLINE __m512 widen16(const Float16* from, __mmask16 mask) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from));
 }
-FERKD_AVX512 inline __m512 widen16(const BFloat16* from, __mmask16 mask) {
+FERKD_AVX512 FERKD_INLINE __m512 widen16(const BFloat16* from, __mmask16 mask) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
 }
-FERKD_AVX512 inline void narrow16(__m512 value, Float16* to, __mmask16 mask) {
+FERKD_AVX512 FERKD_INLINE void narrow16(__m512 value, Float16* to, __mmask16 mask) {
   _mm256_mask_storeu_epi16(to, mask, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-FERKD_AVX512 inline void narrow16(__m512 value, BFloat16* to, __mmask16 mask) {  // as `narrow`
+FERKD_AVX512 FERKD_INLINE __m512i rounded_bfloat16(__m512 value) {  // as `narrow`, the result in the upper half of each lane
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-  _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(rounded));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+}
+FERKD_AVX512 FERKD_INLINE void narrow16(__m512 value, BFloat16* to, __mmask16 mask) {
+  _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_bfloat16(value), 16)));
+}
+FERKD_AVX512 FERKD_INLINE void narrow32(__m512 low, __m512 high, Float16* to) {
+  narrow16(low, to, 0xffff);
+  narrow16(high, to + 16, 0xffff);
+}
+FERKD_AVX512 FERKD_INLINE void narrow32(__m512 low, __m512 high, BFloat16* to) {  // the upper halves by one shuffle: vpmovdw stores are slow
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i pairs = _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x00040004)), _mm512_set1_epi32(0x00030001));
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(rounded_bfloat16(low), pairs, rounded_bfloat16(high)));
 }
 template <typename T>
 FERKD_AVX512 float read_avx512(const T* from, float* to, int64_t n) {
@@ -155,9 +166,11 @@ FERKD_AVX512 float read_avx512(const T* from, float* to, int64_t n) {
 template <typename T>
 FERKD_AVX512 void write_avx512(const float* e, T* to, int64_t n, float slope, float offset) {
   const __m512 slopes = _mm512_set1_ps(slope), offsets = _mm512_set1_ps(offset);
-  for (int64_t i = 0; i < n; i += 16) {
-    narrow16(_mm512_fmsub_ps(_mm512_maskz_loadu_ps(first(n - i), e + i), slopes, offsets), to + i, first(n - i));
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    narrow32(_mm512_fmsub_ps(_mm512_loadu_ps(e + i), slopes, offsets), _mm512_fmsub_ps(_mm512_loadu_ps(e + i + 16), slopes, offsets), to + i);
   }
+  for (; i < n; i += 16) narrow16(_mm512_fmsub_ps(_mm512_maskz_loadu_ps(first(n - i), e + i), slopes, offsets), to + i, first(n - i));
 }
 #endif
 
