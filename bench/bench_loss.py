@@ -3,8 +3,10 @@
     python bench/bench_loss.py                     interleaves all variants, prints a table, writes ${OUT:-bench/results}/loss-cpu.csv
     pytest bench/bench_loss.py --benchmark-enable   the same variants under pytest-benchmark
 
-GB/s is computed from one read and one write of the logits, whatever a variant really moves; `of copy` is the median time divided by the
-copy's. `copy` writes into memory that is there, `clone` allocates its output as every loss does. `kernel` is the op alone (loss and gradient), `ferkd` is ferkd_loss and its backward through autograd.
+GB/s is computed from one read and one write of the logits, whatever a variant really moves; `of copy` is the median time divided by
+the copy's. `copy` writes into memory that is there, `clone` allocates its output as every loss does. `kernel` is the op alone (loss and
+gradient), `ferkd` is ferkd_loss and its backward through autograd. On a machine that others use too, OMP_NUM_THREADS=1 keeps the
+ratios meaningful: two threads of one loop wait for each other's time slices.
 """
 
 from __future__ import annotations
