@@ -45,8 +45,8 @@ type: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m bench.bench_loss
-	$(BIN)/python -m bench.bench_store
+	$(BIN)/python bench/bench_loss.py
+	$(BIN)/python bench/bench_store.py
 
 demo: $(VENV)/.demo
 	$(BIN)/ferkd demo --out $(DEMO_OUT) $(if $(DATA),--data $(DATA)) $(if $(TEACHER),--teacher $(TEACHER))

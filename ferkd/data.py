@@ -293,11 +293,16 @@ class CropView:
     interpolation: Interpolation = "bilinear"
 
 
+REMEMBERED_WALKS = 16_384
+"""Images whose walk a loader process keeps: 13 MB at 200 crops, whatever the size of the store."""
+
+
 class StoredCrops(Dataset[ImageCrops]):
     """Stored crops of the usable images of a store, indexed by Visit. `usable` maps the stream's images to the store's, int64 [N]."""
 
     def __init__(self, photos: PhotoSource, store: LabelStore, usable: np.ndarray, policy: RegionPolicy, view: CropView, seed: int) -> None:
         self.photos, self.store, self.usable, self.policy, self.view, self.seed = photos, store, usable, policy, view, seed
+        self._walks: dict[int, npt.NDArray[np.int32]] = {}
 
     def __len__(self) -> int:
         return len(self.usable)
@@ -305,9 +310,8 @@ class StoredCrops(Dataset[ImageCrops]):
     def __getitem__(self, visit: Visit) -> ImageCrops:
         image = int(self.usable[visit.image])
         labels = self.store.read(image)
-        survivors = surviving_crops(self.store, labels, self.policy)
-        order = crop_order(len(survivors), self.seed, image)
-        crops = survivors[order[(visit.walk + np.arange(visit.crops)) % len(survivors)]]
+        walk = self._walk(labels)
+        crops = walk[(visit.walk + np.arange(visit.crops)) % len(walk)]
         boxes, flips = labels.boxes(crops)
         photo = self.photos(image)
         pixels = torch.stack(
@@ -318,6 +322,17 @@ class StoredCrops(Dataset[ImageCrops]):
         )
         words = torch.from_numpy(labels.label_words[crops].view(np.int32))
         return ImageCrops(pixels, words, labels.target)
+
+    def _walk(self, labels: ImageLabels) -> npt.NDArray[np.int32]:
+        """The image's surviving crops in the order of its walk. Remembered, which on small datasets halves the cost of a visit."""
+        walk = self._walks.get(labels.image)
+        if walk is None:
+            survivors = surviving_crops(self.store, labels, self.policy)
+            walk = survivors[crop_order(len(survivors), self.seed, labels.image)].astype(np.int32)
+            if len(self._walks) == REMEMBERED_WALKS:
+                self._walks.clear()
+            self._walks[labels.image] = walk
+        return walk
 
 
 class FreshCrops(Dataset[ImageCrops]):

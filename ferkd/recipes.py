@@ -37,6 +37,8 @@ class TrainConfig:
     """Evaluation shows the middle image_size pixels after resizing the shorter side to image_size / this. Default: the student's own."""
     min_scale: float = 0.08
     """Smallest area of a fresh crop, as a share of the photograph; for training without labels."""
+    flip: bool = True
+    """Whether half of the fresh crops are mirrored; for training without labels (stored crops know)."""
 
     # ---- labels
     policy: RegionPolicy = RegionPolicy()

@@ -95,7 +95,9 @@ def confidence_picture(statistics: RegionStatistics, path: Path) -> None:
     region = region_of(torch.from_numpy(centres).float(), statistics.policy)
     histogram.bar(centres, share, width=0.9 / BANDS, color=[COLOURS[Region(int(r))] for r in region])
     agreement.bar(centres, np.divide(agree, counts, out=np.zeros(BANDS), where=counts > 0), width=0.9 / BANDS, color="#30638e")
-    agreement.plot([0, 1], [0, 1], linewidth=1, color="#999999", linestyle="--", label="a calibrated teacher")
+    if statistics.policy.confidence == "max":
+        agreement.plot([0, 1], [0, 1], linewidth=1, color="#999999", linestyle="--", label="a teacher as right as it is confident")
+        agreement.legend(fontsize=8, frameon=False, loc="upper left")
     policy = statistics.policy
     for axes in (histogram, agreement):
         for threshold, name in (
@@ -110,7 +112,6 @@ def confidence_picture(statistics: RegionStatistics, path: Path) -> None:
     for value, colour in COLOURS.items():
         histogram.bar(0, 0, color=colour, label=f"{value.name.lower()} {int(statistics.regions[value]) / max(1, statistics.crops):.1%}")
     histogram.legend(fontsize=8, frameon=False)
-    agreement.legend(fontsize=8, frameon=False, loc="upper left")
     histogram.set_ylabel("share of crops")
     agreement.set_ylabel("teacher is right")
     agreement.set_xlabel(f"teacher's confidence ({policy.confidence})")

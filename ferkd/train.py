@@ -388,7 +388,7 @@ def _datasets(
         crops = StoredCrops(photos, store, usable, config.policy, view, config.seed)
     else:
         assert train_split is not None
-        crops = FreshCrops(photos, train_split.folder_of, CropSettings(seed=config.seed, scale=(config.min_scale, 1.0)), view)
+        crops = FreshCrops(photos, train_split.folder_of, CropSettings(config.seed, (config.min_scale, 1.0), flip=config.flip), view)
     views: Dataset[Any] = CenterViews(
         val, class_of_val_folder, preprocessing.input_size, preprocessing.crop_pct, preprocessing.interpolation
     )
