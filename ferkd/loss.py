@@ -211,9 +211,14 @@ def label_mass(
         loss = ferkd_loss(logits, labels, target, policy=policy, normalizer=total / dist.get_world_size())
     """
     if isinstance(labels, Records):
+        if labels.classes != classes:
+            raise InputError(f"labels: made for {labels.classes} classes, but classes is {classes}")
         ids, probs = reference.unpack(labels.words, labels.codec, labels.k, labels.classes)
     else:
         ids, probs = labels[0].long(), _computed(labels[1])
+    _check_vector("target", target, len(ids), torch.int64, ids)  # one row of it would be broadcast over all
+    if mix is not None:
+        mix = _checked_mix(mix, len(ids), ids)
     label = reference.adapt(ids, probs, target, classes=classes, policy=policy, temperature=temperature, tail=tail)
     return (label if mix is None else reference.mixed(label, *mix)).mass.float()
 
@@ -241,6 +246,8 @@ def _checked_labels(logits: Tensor, labels: Records | Pairs) -> tuple[int, str, 
         raise InputError(f"logits: {_shape(logits)}; a loss needs at least 2 classes")
     if isinstance(labels, Records):
         words = labels.words
+        if not isinstance(words, Tensor):
+            raise InputError(f"labels: words {type(words).__name__}; give an int32 tensor")
         if labels.classes != classes:
             raise InputError(
                 f"labels: made for {labels.classes} classes, but the logits have {classes}; use a student with the store's classes"
@@ -258,6 +265,8 @@ def _checked_labels(logits: Tensor, labels: Records | Pairs) -> tuple[int, str, 
     if not isinstance(labels, (tuple, list)) or len(labels) != 2:
         raise InputError(f"labels: {type(labels).__name__}; give Records or a pair (ids [B, k], probs [B, k])")
     ids, probs = labels
+    if not isinstance(ids, Tensor) or not isinstance(probs, Tensor):
+        raise InputError(f"labels: ids {type(ids).__name__}, probs {type(probs).__name__}; give tensors [B, k]")
     if ids.dim() != 2 or ids.shape != probs.shape:
         raise InputError(f"labels: ids {_shape(ids)}, probs {_shape(probs)}; both must be [B, k]")
     if ids.is_floating_point() or ids.dtype == torch.bool or not probs.is_floating_point():
@@ -267,8 +276,7 @@ def _checked_labels(logits: Tensor, labels: Records | Pairs) -> tuple[int, str, 
     _check_k(ids.shape[1], classes)
     _check_device("labels", ids, logits)
     _check_device("labels", probs, logits)
-    if probs.requires_grad:
-        raise InputError("labels: probs require a gradient, but the loss is differentiable with respect to the logits alone; detach them")
+    _check_constant("labels: probs", probs)
     return ids.shape[1], "pairs", ids.long().contiguous(), _computed(probs)
 
 
@@ -283,6 +291,7 @@ def _checked_mix(mix: tuple[Tensor, Tensor], batch: int, logits: Tensor) -> tupl
     partner, lam = mix
     _check_vector("mix: partner", partner, batch, torch.int64, logits)
     _check_vector("mix: lam", lam, batch, torch.float32, logits)
+    _check_constant("mix: lam", lam)
     return partner.contiguous(), lam.contiguous()
 
 
@@ -299,7 +308,13 @@ def _checked_scalar(name: str, tensor: Tensor, logits: Tensor) -> Tensor:
         found = _shape(tensor) if isinstance(tensor, Tensor) else repr(tensor)
         raise InputError(f"{name}: {found}; give a 0-dim float32 tensor")
     _check_device(name, tensor, logits)
-    return tensor.detach()
+    _check_constant(name, tensor)
+    return tensor
+
+
+def _check_constant(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad:
+        raise InputError(f"{name}: requires a gradient, but the loss is differentiable with respect to the logits alone; detach it")
 
 
 def _check_device(name: str, tensor: Tensor, logits: Tensor) -> None:

@@ -6,6 +6,7 @@ from loss_cases import IMPLS, labels, logits
 
 from ferkd import FerKDLoss, Records, ferkd_loss
 from ferkd.errors import InputError
+from ferkd.loss import label_mass
 
 IDS, PROBS, TARGET = labels(4, 10, 3)
 X = logits(4, 10)
@@ -23,7 +24,12 @@ WRONG = {
     "ids and probs of other shapes": ({"labels": (IDS, PROBS[:, :2])}, r"labels: ids \[4, 3\] int64, probs \[4, 2\] float32"),
     "floating ids": ({"labels": (PROBS, PROBS)}, "labels: .* give integer ids"),
     "integer probs": ({"labels": (IDS, IDS)}, "labels: .* floating probabilities"),
-    "probs that want a gradient": ({"labels": (IDS, PROBS.clone().requires_grad_())}, "labels: probs require a gradient"),
+    "probs that want a gradient": ({"labels": (IDS, PROBS.clone().requires_grad_())}, "labels: probs: requires a gradient"),
+    "lam that wants a gradient": ({"mix": (TARGET % 4, torch.ones(4, requires_grad=True))}, "mix: lam: requires a gradient"),
+    "normalizer that wants a gradient": ({"normalizer": torch.tensor(3.0, requires_grad=True)}, "normalizer: requires a gradient"),
+    "upstream that wants a gradient": ({"upstream": torch.tensor(3.0, requires_grad=True)}, "upstream: requires a gradient"),
+    "ids and probs as lists": ({"labels": (IDS.tolist(), PROBS.tolist())}, "labels: ids list, probs list; give tensors"),
+    "records of an array": ({"labels": Records(WORDS.numpy(), "half", 3, 10)}, "labels: words ndarray; give an int32 tensor"),
     "k above C": (
         {"labels": (torch.zeros(4, 11, dtype=torch.int64), torch.zeros(4, 11))},
         "labels: k = 11 with 10 classes; choose 1 to 10",
@@ -87,6 +93,15 @@ def test_wrong_data_are_refused_by_row(row, impl):
             ferkd_loss(**arguments)
         with torch.no_grad(), pytest.raises(InputError, match=message):
             ferkd_loss(**arguments)
+
+
+def test_label_mass_refuses_what_it_would_otherwise_broadcast_or_misread():
+    with pytest.raises(InputError, match="labels: made for 10 classes, but classes is 11"):
+        label_mass(Records(WORDS, "half", 3, 10), TARGET, classes=11)
+    with pytest.raises(InputError, match=r"target: \[1\] int64"):
+        label_mass((IDS, PROBS), TARGET[:1], classes=10)
+    with pytest.raises(InputError, match=r"mix: lam: \[1\] float32"):
+        label_mass((IDS, PROBS), TARGET, classes=10, mix=(TARGET % 4, torch.ones(1)))
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
