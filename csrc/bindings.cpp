@@ -26,7 +26,31 @@ using cpu::Dtype;
 using cpu::LabelJob;
 using cpu::LossJob;
 
-// The labels of an operator call; ops.py has checked shapes and dtypes and made every tensor but the logits contiguous.
+void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+// ferkd/loss.py refuses wrong arguments with better words; here stands what memory is safe by, for calls of the operator itself.
+void require_layout(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& probs, const Tensor& target,
+                    const std::optional<Tensor>& partner, const std::optional<Tensor>& lam, const std::string& codec, int64_t k) {
+  require(logits.dim() == 2 && logits.size(1) >= 2 && logits.stride(1) == 1, "logits: they must be [B, C] with C >= 2 and a last stride of 1");
+  const int64_t B = logits.size(0), C = logits.size(1);
+  require(k >= 1 && k <= MAX_K && k <= C, "k: it must be from 1 to 64 and at most C");
+  const bool pairs = codec == "pairs";
+  require(pairs || codec == "half" || codec == "packed", "codec: it must be pairs, half or packed");
+  require(pairs == probs.has_value(), "probs: given with codec pairs and with no other");
+  const int64_t width = pairs ? k : label_words(codec == "half" ? Codec::HALF : Codec::PACKED, int(k), C);
+  require(labels.dim() == 2 && labels.size(0) == B && labels.size(1) == width && labels.is_contiguous(), "labels: wrong shape or not contiguous");
+  require(!probs || (probs->dim() == 2 && probs->size(0) == B && probs->size(1) == k && probs->is_contiguous() &&
+                     (probs->scalar_type() == ScalarType::Float || probs->scalar_type() == ScalarType::Double)),
+          "probs: they must be [B, k] float32 or float64 and contiguous");
+  const auto is_row = [B](const Tensor& tensor) { return tensor.dim() == 1 && tensor.size(0) == B && tensor.is_contiguous(); };
+  require(is_row(target), "target: it must be [B] and contiguous");
+  require(partner.has_value() == lam.has_value() && (!partner || (is_row(*partner) && is_row(*lam))),
+          "mix: partner and lam come together, [B] and contiguous");
+}
+
+// The labels of an operator call whose layout is as required.
 LabelJob label_job(const Tensor& labels, const std::optional<Tensor>& probs, const Tensor& target, const std::optional<Tensor>& partner,
                    const std::optional<Tensor>& lam, const std::string& codec, int64_t k, int64_t classes, double discard_below,
                    double calibrate_below, double discard_above, double smoothing, const std::string& confidence, double temperature,
@@ -144,7 +168,10 @@ Dtype dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
-double scalar_of(const Tensor& tensor) { return double(*tensor.const_data_ptr<float>()); }
+double scalar_of(const Tensor& tensor) {
+  require(tensor.dim() == 0, "normalizer, upstream: they must be 0-dim");
+  return double(*tensor.const_data_ptr<float>());
+}
 
 template <typename A>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_as(const Tensor& logits, const LabelJob& labels, const std::optional<Tensor>& normalizer,
@@ -208,6 +235,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_cpu(
     std::optional<Tensor> normalizer, std::optional<Tensor> upstream, std::string codec, int64_t k, double discard_below,
     double calibrate_below, double discard_above, double smoothing, std::string confidence, double temperature, std::string tail,
     std::string reduction, bool tau_squared, bool with_grad, bool stats, [[maybe_unused]] bool validate) {
+  require_layout(logits, labels, probs, target, partner, lam, codec, k);
   const LabelJob job = label_job(labels, probs, target, partner, lam, codec, k, logits.size(1), discard_below, calibrate_below,
                                  discard_above, smoothing, confidence, temperature, tail);
   const Dtype dtype = dtype_of(logits, "logits");
@@ -219,9 +247,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_cpu(
 void scale_(Tensor grad, Tensor upstream) {
   const int64_t B = grad.size(0), C = grad.size(1);
   const ScalarType wide = grad.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  if (upstream.scalar_type() != wide || (upstream.dim() != 0 && upstream.size(0) != B)) {
-    throw std::invalid_argument("upstream: it must be of the loss's dtype and shape");
-  }
+  require(grad.is_contiguous(), "grad: it must be contiguous");
+  require(upstream.scalar_type() == wide && (upstream.dim() == 0 || (upstream.dim() == 1 && upstream.size(0) == B)),
+          "upstream: it must be of the loss's dtype and shape");
   const Tensor factors = torch::stable::contiguous(upstream);  // the gradient of a sum over rows is an expanded scalar
   const cpu::ScaleJob job{grad.mutable_data_ptr(), C, factors.const_data_ptr(), upstream.dim() == 1};
   if (!job.one_per_row && (wide == ScalarType::Double ? *static_cast<const double*>(job.upstream) == 1.0
@@ -237,7 +265,7 @@ std::string cpu_isa() { return cpu::chosen_isa(); }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(ferkd, CPU, m) { 
+STABLE_TORCH_LIBRARY_IMPL(ferkd, CPU, m) {
   m.impl("loss_cpu", TORCH_BOX(&loss_cpu));
   m.impl("scale_", TORCH_BOX(&scale_));
 }

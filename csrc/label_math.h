@@ -72,6 +72,11 @@ FERKD_HD int id_bits(int64_t classes) {  // max(1, ceil(log2 classes))
   return bits;
 }
 
+FERKD_HD int64_t label_words(Codec codec, int k, int64_t classes) {  // 32-bit words of one record's label
+  if (codec == Codec::HALF) return classes <= HALF_ID16_CLASSES ? k : k + (k + 1) / 2;
+  return (k * id_bits(classes) + 14 + 8 * (k - 1) + 31) / 32;
+}
+
 FERKD_HD void unpack_half(const uint32_t* words, int k, int64_t classes, int64_t* ids, float* probs) {
   for (int j = 0; j < k; ++j) {
     if (classes <= HALF_ID16_CLASSES) {
@@ -85,7 +90,7 @@ FERKD_HD void unpack_half(const uint32_t* words, int k, int64_t classes, int64_t
 }
 
 // Bits from the lowest: k ids, then r_1 in 14 bits and r_2..r_k in 8; r_j = p_j / (1 - sum of the earlier p). Code 0 is r = 0, the
-// others are uniform in logit r, from -ln C to 12 (r_1) or 6. In float32, as records.unpack_labels decodes it.
+// others are uniform in logit r, from -ln C to 12 (r_1) or 6. In float32, as records.unpack_labels decodes it but for exp's last bits.
 FERKD_HD void unpack_packed(const uint32_t* words, int k, int64_t classes, int64_t* ids, float* probs) {
   const int bits = id_bits(classes);
   const double lowest = -log(double(classes));
@@ -110,7 +115,7 @@ FERKD_HD void unpack_packed(const uint32_t* words, int k, int64_t classes, int64
 }
 
 // The region of a label, from the stored probabilities: before tail mode and tempering. Sums run in stored order and in the
-// probabilities' own precision, so that every backend places a crop in the same region to the last bit.
+// probabilities' own precision, so that every backend places the same probabilities in the same region to the last bit.
 template <typename P>
 FERKD_HD Region region_of(const int64_t* ids, const P* probs, int k, int64_t target, int64_t classes, const Policy& policy) {
   P confidence;
@@ -135,7 +140,8 @@ FERKD_HD Region region_of(const int64_t* ids, const P* probs, int k, int64_t tar
 }
 
 // The label of one crop under a policy, at temperature T: ids and increments go to out_ids and deltas (room for k). In float64: a
-// confident teacher's 1 - sum cancels, and so does its gradient against the student's softmax. Only the powers are taken in A.
+// confident teacher's 1 - sum cancels, and so does its gradient against the student's softmax. Only the powers are taken in A, and
+// for float64 probabilities in float64: 1e-60 to the power 1/20 is 1e-3, in float32 it would be 0.
 template <typename A, typename P>
 FERKD_HD Label adapt_label(const int64_t* ids, const P* probs, int k, int64_t target, int64_t classes, const Policy& policy,
                            double temperature, bool renorm, int32_t* out_ids, double* deltas) {
@@ -164,13 +170,14 @@ FERKD_HD Label adapt_label(const int64_t* ids, const P* probs, int k, int64_t ta
     double largest = beta;
     for (int j = 0; j < k; ++j) largest = deltas[j] > largest ? deltas[j] : largest;
     if (largest > 0) {
-      const A power = A(1.0 / temperature);
+      using Power = decltype(A() * P());
+      const Power power = Power(1.0 / temperature);
       double total = 0;
       for (int j = 0; j < k; ++j) {
-        deltas[j] = double(std::pow(A(deltas[j] / largest), power));
+        deltas[j] = double(std::pow(Power(deltas[j] / largest), power));
         total += deltas[j];
       }
-      beta = double(std::pow(A(beta / largest), power));
+      beta = double(std::pow(Power(beta / largest), power));
       total += others * beta;
       for (int j = 0; j < k; ++j) deltas[j] /= total;
       beta /= total;

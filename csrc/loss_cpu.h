@@ -38,7 +38,8 @@ struct AdaptedLabels {
   Fault* fault;    // [B]
 };
 
-// Rows [begin, end) of the labels: unpack, check, adapt. A is the type tempering's powers are taken in: double for float64 logits.
+// Rows [begin, end) of the labels: unpack, check, adapt. A is the type tempering's powers are taken in: double for float64 logits (float64
+// probabilities take them in double whatever A is).
 template <typename A>
 void adapt_rows(const LabelJob& job, const AdaptedLabels& out, int64_t begin, int64_t end);
 

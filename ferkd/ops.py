@@ -190,6 +190,8 @@ def _owned_by_this_backward(grad: Tensor, upstream: Tensor) -> bool:
     """Whether nothing but this backward will ever see the stored gradient: the graph is not kept, nothing traces or compiles."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _plain(grad) or not _plain(upstream):
         return False
+    if not grad.is_contiguous():  # a saved-tensor hook gave it back in another layout, which scale_ does not walk
+        return False
     keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # a private name: it may go
     return keep_graph is not None and not keep_graph()
 
@@ -205,7 +207,7 @@ def _assert_promise(upstream: Tensor, promised: Tensor, grad: Tensor) -> None:
     message = "ferkd_loss: the gradient that reached the loss is not the `upstream` promised in the forward"
     if grad.device.type == "cpu" and _plain(kept) and not torch.compiler.is_compiling():
         if not bool(kept):
-            raise RuntimeError(f"{message} ({upstream.flatten()[:1].tolist()[0]} instead of {promised.item()})")
+            raise RuntimeError(f"{message} ({upstream[upstream != promised].flatten()[0].item()} instead of {promised.item()})")
         return
     torch._assert_async(kept, message)
 

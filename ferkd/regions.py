@@ -35,7 +35,8 @@ class RegionPolicy:
 
     A crop whose confidence is below `discard_below` or above `discard_above` is discarded; otherwise, below
     `calibrate_below`, its label becomes the ground truth softened by `smoothing`: 1 - smoothing on it and
-    smoothing / (C - 1) elsewhere; the rest keep the teacher's label. All are probabilities in [0, 1], compared in float32.
+    smoothing / (C - 1) elsewhere; the rest keep the teacher's label. All are probabilities in [0, 1], compared in float32
+    (float64 where the teacher's probabilities are float64).
 
     `confidence` is the largest stored probability (`max`) or the ground-truth class's (`target`: the tail's equal share,
     max(0, 1 - sum) / (C - k), when it is not among the k stored classes).
@@ -108,7 +109,7 @@ def sum_in_order(probs: Tensor) -> Tensor:
 
 def region_of(confidence: Tensor, policy: RegionPolicy) -> Tensor:
     """Which region each crop falls in: an int8 tensor of Region values shaped like `confidence`. NaN confidence is kept."""
-    # Thresholds are compared in the confidence's own precision (float32 in every kernel), so that a stored 0.3 is never below 0.3.
+    # Thresholds are compared in the confidence's own precision (float32 but for float64 probabilities), so that a stored 0.3 is never below 0.3.
     below, calibrate, above = (
         torch.tensor(value, dtype=confidence.dtype, device=confidence.device)
         for value in (policy.discard_below, policy.calibrate_below, policy.discard_above)

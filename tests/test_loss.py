@@ -1,5 +1,6 @@
 """ferkd_loss computes the loss and gradient of the label rule: every backend against a dense float64 oracle."""
 
+import dataclasses
 import math
 
 import pytest
@@ -157,6 +158,14 @@ def test_extreme_temperatures_stay_finite_and_right(temperature, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_float64_probabilities_are_tempered_in_float64(impl):
+    ids, target, x = torch.tensor([[0, 1]]), torch.tensor([0]), torch.tensor([[0.0, 8.0, 2.0]])
+    probs = torch.tensor([[1.0, 1e-60]], dtype=torch.float64)  # at temperature 20 one thousandth; float32 would make it nothing
+    rule = {"temperature": 20.0, "tail": "renorm", "policy": RegionPolicy()}
+    assert_close(*loss_and_gradient(x, (ids, probs), target, impl=impl, **rule), *oracle(x, ids, probs, target, **rule)[:2], x.dtype)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_each_gradient_row_sums_to_zero(impl):
     ids, probs, target = labels(30, 500, 5)
     _, gradient = loss_and_gradient(logits(30, 500), (ids, probs), target, policy=POLICY, impl=impl, reduction="sum", temperature=2.0)
@@ -309,9 +318,17 @@ def test_labels_may_be_strided_int32_and_half_precision(impl):
     ids, probs, target = labels(6, 100, 5)
     x = logits(6, 100)
     expected = ferkd_loss(x, (ids, probs.half().float()), target, impl=impl)
-    strided = torch.stack([ids, ids], dim=2)[:, :, 0].int()
-    assert not strided.is_contiguous() or strided.dtype == torch.int32
-    assert torch.equal(ferkd_loss(x, (strided, probs.half()), torch.stack([target, target], 1)[:, 0], impl=impl), expected)
+
+    def strided(tensor):
+        view = torch.stack([tensor, torch.zeros_like(tensor)], dim=-1)[..., 0]
+        assert not view.is_contiguous()
+        return view
+
+    for these, those in ((ids, probs.half().float()), (ids.int(), probs.half())):
+        assert torch.equal(ferkd_loss(x, (strided(these), strided(those)), strided(target), impl=impl), expected)
+    packed, _, _ = records(ids, probs, 100, "half")
+    found = ferkd_loss(x, dataclasses.replace(packed, words=strided(packed.words)), target, impl=impl)
+    assert torch.equal(found, ferkd_loss(x, packed, target, impl=impl))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

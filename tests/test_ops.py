@@ -56,6 +56,37 @@ def test_opcheck(impl):
     torch.library.opcheck(torch.ops.ferkd.scale_.default, (torch.randn(3, 4), torch.tensor(2.0)))
 
 
+@pytest.mark.skipif(ops.why_not("cpu", "cpu") is not None, reason="the extension is not built")
+def test_the_cpu_op_itself_refuses_what_it_could_not_read_safely():
+    x, (ids, probs), target = problem()
+
+    def refused(message, **changed):
+        names = [argument.name for argument in torch.ops.ferkd.loss_cpu.default._schema.arguments]
+        call = dict(zip(names, arguments(x.detach(), (ids, probs), target), strict=True)) | changed
+        with pytest.raises(ValueError, match=message):
+            torch.ops.ferkd.loss_cpu(**call)
+
+    refused("logits: .* last stride of 1", logits=x.detach().t().contiguous().t())
+    refused("k: it must be", k=65)
+    refused("labels: wrong shape", k=K - 1)
+    refused("labels: .* not contiguous", labels=ids.t().contiguous().t())
+    refused("labels: wrong shape", labels=ids[:-1])
+    refused("probs: they must be", probs=probs.half())
+    refused("probs: they must be", probs=probs.t().contiguous().t())
+    refused("probs: given with codec pairs", probs=None)
+    refused("probs: given with codec pairs", codec="half")
+    refused("codec: it must be", codec="zip")
+    refused("labels: wrong shape", codec="packed", probs=None, labels=torch.zeros(B, 1, dtype=torch.int32))
+    refused("target: it must be", target=target[:-1])
+    refused("mix: partner and lam", lam=torch.ones(B))
+    refused("mix: partner and lam", lam=torch.ones(1), partner=target)
+    refused("must be 0-dim", normalizer=torch.ones(0))
+    with pytest.raises(ValueError, match="grad: it must be contiguous"):
+        torch.ops.ferkd.scale_(torch.ones(1, C).expand(B, C), torch.tensor(2.0))
+    with pytest.raises(ValueError, match="upstream: it must be"):
+        torch.ops.ferkd.scale_(torch.ones(B, C), torch.ones(B, 1))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_gradcheck(reduction, impl):
@@ -189,6 +220,9 @@ def test_a_promised_upstream_gradient_is_in_the_stored_one_and_is_checked(dtype,
     torch.testing.assert_close(found, expected.to(dtype), rtol=1e-3 if dtype == torch.float16 else 1e-5, atol=1e-6)
     with pytest.raises(RuntimeError, match=r"not the `upstream` promised in the forward \(1.0 instead of 65536.0\)"):
         ferkd_loss(x, pairs, target, impl=impl, upstream=scale).backward()
+    rows = ferkd_loss(x, pairs, target, impl=impl, reduction="none", upstream=scale)
+    with pytest.raises(RuntimeError, match=r"\(0.5 instead of 65536.0\)"):  # the row that broke the promise, not the first
+        rows.backward(torch.tensor([65536.0] * (B - 1) + [0.5]))
 
 
 # ---------------------------------------------------------------------------------------------- mixed precision, checkpoints, hooks
@@ -274,6 +308,16 @@ def test_saved_tensor_hooks(impl):
     for _ in range(2):
         torch.testing.assert_close(torch.autograd.grad(loss * 2, x, retain_graph=True)[0], expected)
     assert packed == [(B, C)], "the gradient is all that is kept: no logits, no [B, C] target"
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_hook_may_give_the_gradient_back_in_another_layout(impl):
+    x, pairs, target = problem()
+    upstream = torch.linspace(-1, 2, B)
+    expected = gradient(x, pairs, target, impl=impl, reduction="none") * upstream[:, None]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.t().contiguous().t()):
+        loss = ferkd_loss(x, pairs, target, policy=POLICY, impl=impl, reduction="none")
+    torch.testing.assert_close(torch.autograd.grad(loss, x, upstream)[0], expected)
 
 
 # ---------------------------------------------------------------------------------------------- compilation
