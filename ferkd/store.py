@@ -724,11 +724,12 @@ class StoreWriter:
         job_file, manifest_file = self.path / "job.json", self.path / "manifest.json"
         if manifest_file.exists():
             content = _read_sealed(manifest_file, "label into another folder")
-            self._compare(content, manifest_file)
+            differences = self._compare(content, manifest_file)
             self._resumed_with = content["resumed_with"]
             if not self._damaged_shards():
                 self._clean()
                 return
+            self._resumed_with = sorted({*content["resumed_with"], *differences})
             self._unfinish()
         elif job_file.exists():
             content = _read_sealed(job_file, "delete the folder and label again")

@@ -261,6 +261,15 @@ def test_other_hardware_or_software_warns_and_is_noted(tmp_path):
     assert store.manifest.provenance["device"] == "a cpu"
 
 
+def test_a_shard_rebuilt_on_other_hardware_is_noted(tmp_path):
+    label(tmp_path)
+    (tmp_path / "shards/shard-00001.bin").unlink()
+    plan = small_plan(IMAGES, provenance={**small_plan().provenance, "device": "a gpu"})
+    with pytest.warns(UserWarning, match=r"other hardware or software .*a gpu"):
+        writer = StoreWriter(tmp_path, plan)
+    assert write_missing(writer).manifest.resumed_with == ('provenance.device: "a gpu"',)
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "holiday.jpg").write_text("a photo")
     with pytest.raises(StoreError, match=r"holds 'holiday\.jpg' and is not a store"):
