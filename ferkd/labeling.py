@@ -69,8 +69,8 @@ class LabelSettings:
     """The store's folder: new, empty, or one that the same command began."""
     crops: int = 200
     """Crops of each photo."""
-    topk: int = 5
-    """The teacher's most probable classes that are kept for each crop."""
+    topk: int | None = None
+    """The teacher's most probable classes that are kept for each crop. Default: 5, or all of fewer."""
     layout: Layout = "exact"
     """exact: boxes and float16 probabilities as they are; compact: boxes drawn again, probabilities in a few bits."""
     input_size: int | None = None
@@ -127,7 +127,7 @@ def label(settings: LabelSettings, say: Callable[[str], None] = _to_stderr) -> L
         say(line)
     begun = any((settings.out / name).exists() for name in ("job.json", "manifest.json"))
     if settings.skip_preflight or (begun and not settings.dry_run):
-        say("preflight: skipped" if settings.skip_preflight else "preflight: passed when this store was begun")
+        say("preflight: skipped" if settings.skip_preflight else "preflight: not repeated, since this store was begun already")
     else:
         _check_teacher(job, say)
     if settings.dry_run:
@@ -193,8 +193,9 @@ def plan_job(settings: LabelSettings) -> Job:
         _keep_freed_memory()
     teacher = load_teacher(settings.teacher, settings.teacher_weights, settings.input_size)
     classes = choose_classes(settings.classes, train.folders, teacher)
-    if settings.topk > len(classes.names):
-        raise InputError(f"topk: {settings.topk}, but there are only {len(classes.names):,} classes; choose at most that many")
+    topk = min(5, len(classes.names)) if settings.topk is None else settings.topk
+    if topk > len(classes.names):
+        raise InputError(f"topk: {topk}, but there are only {len(classes.names):,} classes; choose at most that many")
     teacher.model.to(device)
 
     chosen = np.arange(len(train)) if settings.limit is None else _evenly(len(train), settings.limit)
@@ -204,7 +205,7 @@ def plan_job(settings: LabelSettings) -> Job:
         paths=paths,
         targets=classes.class_of_folder[train.folder_of[chosen]],
         crops=settings.crops,
-        k=settings.topk,
+        k=topk,
         class_names=classes.names,
         folders={folder: int(i) for folder, i in zip(train.folders, classes.class_of_folder, strict=True)},
         box_codec=box_codec,
@@ -335,6 +336,11 @@ def _cut_photo(job: Job, image: int) -> _CutPhoto:
         height, width = photo.shape[1:]
         boxes, flips = draw_crops(job.plan.crop_settings, image, np.arange(job.plan.crops), width, height)
     except InputError as error:
+        folder = (job.train.root / path).parent
+        if not folder.is_dir():  # a disk that went away must not end as a store of failures
+            raise InputError(
+                f"{folder}: is no longer there; bring it back and start the same command again: what is labelled so far is kept"
+            ) from error
         return _CutPhoto(None, None, 0, 0, 0, str(error).removeprefix(f"{path}: "))
     size, interpolation = job.teacher.preprocessing.input_size, job.teacher.preprocessing.interpolation
     pixels = torch.empty(job.plan.crops, size, size, 3, dtype=torch.uint8)

@@ -267,6 +267,7 @@ def test_a_teacher_that_answers_nan_names_photo_and_crop_and_keeps_what_is_done(
 
 
 def test_more_answers_than_classes_are_refused_before_anything_runs(settings):
+    assert plan_job(dataclasses.replace(settings, topk=None)).plan.k == 5
     with pytest.raises(InputError, match="topk: 9, but there are only 8 classes"):
         label(dataclasses.replace(settings, topk=9))
     assert not settings.out.exists()
@@ -378,10 +379,27 @@ def test_a_refused_teacher_writes_nothing_unless_told_to(settings):
     assert isinstance(label(dataclasses.replace(wrong, skip_preflight=True, limit=8)), LabelStore)
 
 
+def test_photographs_that_go_away_meanwhile_are_no_failed_ones(settings, monkeypatch):
+    read, gone = labeling.read_photo, settings.data.with_name("gone")
+
+    def unplug(path, **options):
+        if settings.data.exists():
+            settings.data.rename(gone)
+        return read(path, **options)
+
+    monkeypatch.setattr(labeling, "read_photo", unplug)
+    with pytest.raises(InputError, match="is no longer there; bring it back and start the same command again"):
+        label(settings)
+    monkeypatch.undo()
+    gone.rename(settings.data)
+    store = label(settings)
+    assert not store.manifest.failed
+
+
 def test_the_preflight_runs_once_for_a_store(settings, monkeypatch):
     said = []
     label(dataclasses.replace(settings, skip_preflight=False, limit=20), said.append)
     assert any(line.startswith("preflight: the teacher recognises ") for line in said)
     monkeypatch.setattr(labeling, "preflight", None)
     label(dataclasses.replace(settings, skip_preflight=False, limit=20), said.append)
-    assert "preflight: passed when this store was begun" in said
+    assert "preflight: not repeated, since this store was begun already" in said
