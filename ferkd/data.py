@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ferkd.crops import CropSettings, Interpolation, center_view, decode, draw_crops, read_photo, take_crop
 from ferkd.errors import InputError, StoreError
@@ -274,7 +274,13 @@ class DecodedPhotos:
         self.shapes = [tuple(photo.shape[1:]) for photo in photos]
         self.ends = np.cumsum([0] + [photo.numel() for photo in photos])
         self.block = torch.empty(size, dtype=torch.uint8)
-        self.block.share_memory_()  # one copy for all loader workers
+        try:
+            self.block.share_memory_()  # one copy for all loader workers
+        except RuntimeError as error:
+            raise InputError(
+                f"cache: {size / 2**20:,.0f} MiB of decoded photographs do not fit into shared memory; make /dev/shm larger "
+                "(docker run --shm-size), or train without --cache decoded"
+            ) from error
         for photo, start, end in zip(photos, self.ends[:-1], self.ends[1:], strict=True):
             self.block[start:end] = photo.permute(1, 2, 0).reshape(-1)
 
@@ -399,17 +405,66 @@ class CenterViews(Dataset[tuple[Tensor, int, int]]):
         return center_view(self.photos(image), self.size, self.crop_pct, self.interpolation), int(self.targets[image]), image
 
 
+class _ErrorsAsValues(Dataset[Any]):
+    """Hands an InputError out as an item: raised in a worker it would reach the main process as a page of traceback."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return self.dataset[index]
+        except InputError as error:
+            return error
+
+
+@dataclasses.dataclass(frozen=True)
+class _FirstError:
+    """Collates a batch, or takes the first of its errors for the whole of it."""
+
+    collate: Callable[[Any], Any]
+
+    def __call__(self, items: Sequence[Any]) -> Any:
+        for item in items:
+            if isinstance(item, InputError):
+                return item
+        return self.collate(items)
+
+
+def loaded(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The batches of one of this module's loaders. Raises the InputError that a worker met, as it was, in its place in the order."""
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
+
+
 def training_loader(dataset: Dataset[ImageCrops], sampler: StreamSampler, workers: int, pin_memory: bool) -> DataLoader[Any]:
-    """CropBatches of the stream in order. Workers only change who does the work, never its result."""
+    """CropBatches of the stream in order, to be read by `loaded`. Workers only change who does the work, never its result."""
     return DataLoader(
-        dataset,
+        _ErrorsAsValues(dataset),
         batch_sampler=sampler,
-        collate_fn=collate,
+        collate_fn=_FirstError(collate),
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # else starting the loader would draw from the global one, which a resumed run must find untouched
+    )
+
+
+def evaluation_loader(views: Dataset[Any], batch_size: int, workers: int) -> DataLoader[Any]:
+    """The items of `views` in order, collated, to be read by `loaded`."""
+    return DataLoader(
+        _ErrorsAsValues(views),
+        batch_size=batch_size,
+        collate_fn=_FirstError(default_collate),
+        num_workers=workers,
+        worker_init_fn=start_worker,
+        generator=torch.Generator(),  # evaluating must not draw from the global one, whose state belongs to training
     )
 
 

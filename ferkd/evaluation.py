@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
-from ferkd.data import CenterViews, start_worker
+from ferkd.data import CenterViews, evaluation_loader, loaded
 from ferkd.folders import class_mapping, scan_split
 from ferkd.teacher import LoadedModel, Preprocessing
 
@@ -62,9 +62,7 @@ def evaluate(
         workers = 0
     elif workers is None:
         workers = min(8, max(0, (os.cpu_count() or 1) - 1))
-    generator = torch.Generator()  # evaluating must not draw from the global one, whose state belongs to training
-    loader = DataLoader(views, batch_size=batch_size, num_workers=workers, worker_init_fn=start_worker, generator=generator)
-    for pixels, targets, _ in loader:
+    for pixels, targets, _ in loaded(evaluation_loader(views, batch_size, workers)):
         normalised = ((pixels.to(device).float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
         target = targets.to(device)
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):

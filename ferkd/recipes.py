@@ -114,6 +114,18 @@ class TrainConfig:
             raise InputError(f"ema_decay: {self.ema_decay} is not between 0 and 1")
         if self.image_size is not None and self.image_size < 1:
             raise InputError(f"image_size: {self.image_size} pixels; give at least 1")
+        if self.single_crop_epochs is not None and not self.single_crop_epochs >= 0:
+            raise InputError(f"single_crop_epochs: {self.single_crop_epochs} is not a number of at least 0")
+        if self.clip_grad is not None and not self.clip_grad > 0:
+            raise InputError(f"clip_grad: {self.clip_grad} is not a positive number")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise InputError(f"betas: {self.betas}; give two numbers of at least 0 and below 1")
+        if not 0.0 <= self.drop_path < 1.0:
+            raise InputError(f"drop_path: {self.drop_path}; give a probability of at least 0 and below 1")
+        if self.workers is not None and self.workers < 0:
+            raise InputError(f"workers: {self.workers}; give a whole number of at least 0")
+        if not 0 <= self.seed < 1 << 32:
+            raise InputError(f"seed: {self.seed}; give a whole number from 0 to 4,294,967,295")
 
     @property
     def warmup(self) -> float:

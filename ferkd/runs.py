@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import nn
 import ferkd
 from ferkd.errors import InputError
 from ferkd.recipes import TrainConfig
-from ferkd.teacher import Preprocessing, save_weights
+from ferkd.teacher import RUN_WEIGHTS, Preprocessing, save_weights
 
 
 class RunFolder:
@@ -47,7 +49,7 @@ class RunFolder:
             "processor": _processor(),
             "threads": torch.get_num_threads(),
         }
-        if self.checkpoint.exists() and not resume:
+        if not resume and any((self.path / name).exists() for name in ("checkpoint.pt", *RUN_WEIGHTS)):
             raise InputError(f"{path}: holds a run already; add --resume to go on with it, or choose another --out")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -86,7 +88,7 @@ class RunFolder:
                 self.say(
                     f"warning: resuming with {name} {value} what was begun with {machine.get(name)}: results may differ in the last bits"
                 )
-        self._forget_log_after(state["step"])
+        self._forget_log_after(state["step"], state["assessed"])
         return dict(state)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
@@ -103,11 +105,11 @@ class RunFolder:
         self._write(name, (json.dumps(value, indent=2) + "\n").encode())
 
     def log(self, line: Mapping[str, Any]) -> None:
-        with open(self.path / "log.jsonl", "a") as file:
+        with self._naming("log.jsonl"), open(self.path / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def _forget_log_after(self, step: int) -> None:
-        """Drop the lines of steps that were lost with the interruption and will be done again."""
+    def _forget_log_after(self, step: int, assessed: int) -> None:
+        """Drop the lines of steps, and of evaluations after step `assessed`, that the interruption lost: they will be done again."""
         log = self.path / "log.jsonl"
         if log.exists():
             kept = []
@@ -116,23 +118,32 @@ class RunFolder:
                     line = json.loads(text)
                 except json.JSONDecodeError:
                     continue  # the line that was being written
-                if line["step"] <= step:
+                if line["step"] <= (assessed if line["kind"] == "eval" else step):
                     kept.append(text + "\n")
             self._write("log.jsonl", "".join(kept).encode())
 
     def _write(self, name: str, data: bytes) -> None:
         temporary = self.path / f".{name}.tmp"
+        with self._naming(name):
+            try:
+                with open(temporary, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, self.path / name)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+                raise
+
+    @contextlib.contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Turns an OSError of writing into an InputError that names the file and says what to do."""
         try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path / name)
+            yield
         except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise InputError(
-                f"{self.path / name}: cannot be written ({error.strerror}); free some space and go on with --resume"
-            ) from error
+            cure = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make its folder writable"
+            raise InputError(f"{self.path / name}: cannot be written ({error.strerror}); {cure} and go on with --resume") from error
 
 
 def _processor() -> str:

@@ -140,7 +140,7 @@ def load_model(
         own = loaded.preprocessing.input_size
         if input_size is not None:
             loaded = dataclasses.replace(loaded, preprocessing=dataclasses.replace(loaded.preprocessing, input_size=input_size))
-        outputs = _count_outputs(loaded.model, loaded.preprocessing.input_size, spec)
+        outputs = count_outputs(loaded.model, loaded.preprocessing.input_size, spec)
         return dataclasses.replace(loaded, spec=spec, outputs=outputs, own_size=own)
 
     state, metadata = read_weights(weights) if weights is not None else (None, {})
@@ -156,7 +156,7 @@ def load_model(
     preprocessing = built.preprocessing
     if input_size is not None:
         preprocessing = dataclasses.replace(preprocessing, input_size=input_size)
-    outputs = _count_outputs(built.model, preprocessing.input_size, spec)
+    outputs = count_outputs(built.model, preprocessing.input_size, spec)
     names = built.class_names if built.class_names is not None and len(built.class_names) == outputs else None
     if built.class_names is not None and names is None and num_classes is None and spec.startswith("python:"):
         raise InputError(f"{spec}: names {len(built.class_names):,} classes but answers {outputs:,}; name every output once")
@@ -547,10 +547,13 @@ def _call_python(spec: str, name: str, num_classes: int | None) -> _Built:
         raise InputError(f"{spec}: importing it raised {type(error).__name__}: {_one_line(error)}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise InputError(f"{spec}: {module.__file__} has no callable {attribute!r}")
+        raise InputError(f"{spec}: {getattr(module, '__file__', module_name)} has no callable {attribute!r}")
     options = {}
     if num_classes is not None:
-        parameters = inspect.signature(function).parameters
+        try:
+            parameters: Mapping[str, inspect.Parameter] = inspect.signature(function).parameters
+        except ValueError:  # built-in functions do not tell
+            parameters = {}
         if "num_classes" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             raise InputError(f"{spec}: takes no num_classes, which a student needs; write def {attribute}(num_classes)")
         options["num_classes"] = num_classes
@@ -569,7 +572,7 @@ def _call_python(spec: str, name: str, num_classes: int | None) -> _Built:
     except InputError as error:
         raise InputError(f"{spec}: {error}") from error
     classes = settings.get("classes")
-    if classes is not None and (isinstance(classes, str) or not all(isinstance(c, str) for c in classes)):
+    if classes is not None and (not isinstance(classes, (list, tuple)) or not all(isinstance(c, str) for c in classes)):
         raise InputError(f"{spec}: classes: give a list of folder names by class index")
     # crop_pct only decides what a centre view shows, so its default is no assumption about the model.
     assumed = tuple(key for key in known if key not in settings and key != "crop_pct")
@@ -601,8 +604,11 @@ def _no_download(spec: str, error: Exception) -> str:
     )
 
 
-def _count_outputs(model: nn.Module, size: int, spec: str) -> int:
-    """The number of classes, found by showing the model two grey images (in evaluation mode, so that nothing is learnt from them)."""
+def count_outputs(model: nn.Module, size: int, spec: str, size_flag: str = "--input-size") -> int:
+    """The number of classes, found by showing the model two grey images (in evaluation mode, so that nothing is learnt from them).
+
+    Raises InputError when the model fails on images of `size` pixels (which `size_flag` sets) or does not answer [B, C] with C > 1.
+    """
     was_training = model.training
     model.eval()
     parameter = next(model.parameters(), None)
@@ -613,7 +619,7 @@ def _count_outputs(model: nn.Module, size: int, spec: str) -> int:
     except Exception as error:
         raise InputError(
             f"{spec}: fails on images of {size} x {size} pixels ({type(error).__name__}: {_one_line(error)}); "
-            "give the size that it wants, --input-size PX"
+            f"give the size that it wants, {size_flag} PX"
         ) from error
     finally:
         model.train(was_training)
@@ -621,7 +627,7 @@ def _count_outputs(model: nn.Module, size: int, spec: str) -> int:
         found = f"a tensor of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
         raise InputError(f"{spec}: answers two images with {found}; a classifier answers logits of shape [2, classes]")
     if answer.shape[1] < 2:
-        raise InputError(f"{spec}: has {answer.shape[1]} output; a teacher needs at least 2 classes")
+        raise InputError(f"{spec}: has {answer.shape[1]} output; a classifier has at least 2 classes")
     return int(answer.shape[1])
 
 

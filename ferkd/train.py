@@ -39,6 +39,7 @@ from ferkd.data import (
     StoredCrops,
     StreamSampler,
     check_same_photos,
+    loaded,
     plan_phases,
     training_loader,
 )  # fmt: skip
@@ -52,7 +53,7 @@ from ferkd.records import Records
 from ferkd.regions import Region, RegionPolicy
 from ferkd.runs import RunFolder
 from ferkd.store import LabelStore
-from ferkd.teacher import Preprocessing, build_model, load_state
+from ferkd.teacher import Preprocessing, build_model, count_outputs, load_state
 
 AMP_DTYPE = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -85,6 +86,8 @@ def train(job: Job) -> dict[str, Any]:
     workers = min(8, max(0, (os.cpu_count() or 1) - 1)) if config.workers is None else config.workers
 
     # The student, its classes and its input.
+    if job.labels is None and (config.policy.discards or config.policy.calibrate_below > 0):
+        raise InputError("discard_below, calibrate_below, discard_above: thresholds are for stored labels; add --labels STORE")
     store = LabelStore(job.labels) if job.labels else None
     val = scan_split(job.data, "val")
     train_split = None if store else scan_split(job.data, "train")
@@ -100,6 +103,11 @@ def train(job: Job) -> dict[str, Any]:
     preprocessing = _student_preprocessing(preprocessing, config)
     if job.init:
         load_state(model, job.init)
+    outputs = count_outputs(model, preprocessing.input_size, job.student, "--image-size")
+    if outputs != len(classes):
+        raise InputError(
+            f"{job.student}: answers {outputs:,} classes, but the data have {len(classes):,}; make its last layer fit num_classes"
+        )
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model = model.to(device).to(memory_format=layout)
 
@@ -109,6 +117,10 @@ def train(job: Job) -> dict[str, Any]:
     phases = plan_phases(len(usable), config.batch_size, config.epochs, config.crops_per_image,
                          config.warmup if config.single_crop_warmup else 0.0, last_single)  # fmt: skip
     stream = CropStream(len(usable), config.batch_size, phases, config.seed)
+    for phase in phases:  # a batch that cannot be mixed is refused now, not when its phase begins
+        draw_mixing(
+            config.mixing, config.seed, 0, 0, config.batch_size // phase.crops_per_image, phase.crops_per_image, preprocessing.input_size
+        )
     dataset, val_views = _datasets(job, store, train_split, val, usable, preprocessing, class_of_val_folder, max(1, workers))
     epochs_a_step = config.batch_size / len(usable)
 
@@ -120,12 +132,13 @@ def train(job: Job) -> dict[str, Any]:
     if config.compile:
         forward = torch.compile(forward)
     identity = {"student": job.student, "classes": len(classes), "images": len(usable), "steps": stream.total_steps,
-                "store": store.manifest_sha256 if store else None}  # fmt: skip
+                "store": store.manifest_sha256 if store else None,
+                "photos": train_split.paths.sha256() if train_split else None}  # fmt: skip
     paths = {"data": job.data, "labels": job.labels, "init": job.init}
     notes = {"pretrained": job.pretrained, **{name: str(path) if path else None for name, path in paths.items()}}
     run = RunFolder(job.out, config, identity, notes, job.resume, job.say)
     checkpoint = run.load_checkpoint(device)
-    step, best, seconds = 0, -1.0, 0.0
+    step, assessed, best, seconds = 0, 0, -1.0, 0.0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -135,12 +148,14 @@ def train(job: Job) -> dict[str, Any]:
         torch.set_rng_state(checkpoint["rng"].cpu())
         if device.type == "cuda":
             torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu())
-        step, best, seconds = checkpoint["step"], checkpoint["best"], checkpoint["seconds"]
+        step, assessed, best, seconds = (checkpoint[name] for name in ("step", "assessed", "best", "seconds"))
         job.say(f"resuming at step {step:,} of {stream.total_steps:,}")
 
     def save_checkpoint() -> None:
-        state = {"step": step, "best": best, "seconds": seconds, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "scaler": scaler.state_dict(), "ema": ema.state_dict() if ema else None, "rng": torch.get_rng_state(),
+        check_loss(float(meter.loss), step, config)  # what is saved must be worth going on with
+        state = {"step": step, "assessed": assessed, "best": best, "seconds": seconds, "model": model.state_dict(),
+                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                 "ema": ema.state_dict() if ema else None, "rng": torch.get_rng_state(),
                  "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}  # fmt: skip
         run.save_checkpoint(state)
 
@@ -149,13 +164,48 @@ def train(job: Job) -> dict[str, Any]:
                         batch_size=min(128, config.batch_size), workers=config.workers, amp=AMP_DTYPE[config.amp])  # fmt: skip
 
     eval_steps = max(1, round(config.eval_every / epochs_a_step))
+
+    def assessment_is_due() -> bool:
+        return step > assessed and (step % eval_steps == 0 or step == stream.total_steps)
+
     sampler = StreamSampler(stream, step, stream.total_steps)
-    batches = iter(training_loader(dataset, sampler, workers, pin_memory=device.type == "cuda"))
+    batches = loaded(training_loader(dataset, sampler, workers, pin_memory=device.type == "cuda"))
     meter = Meter(device)
     accuracy: Accuracy | None = None
     started = time.perf_counter()
     with stop_on_sigterm() as stop_asked:
-        while step < stream.total_steps:
+        while step < stream.total_steps or assessment_is_due():
+            if assessment_is_due() or stop_asked():
+                seconds += time.perf_counter() - started
+                save_checkpoint()  # evaluating may take long, or meet a broken photograph: what is learnt is safe before
+                if stop_asked():
+                    raise Stopped(
+                        f"stopped at step {step:,} of {stream.total_steps:,}; everything is saved in {job.out}: go on with --resume"
+                    )
+                evaluated = ema.module if ema else model
+                accuracy = assess(evaluated)
+                is_best = accuracy.top1 > best
+                best, assessed = max(best, accuracy.top1), step
+                run.log(
+                    {
+                        "kind": "eval",
+                        "step": step,
+                        "epoch": round(step * epochs_a_step, 4),
+                        "crops": step * config.batch_size,
+                        "seconds": round(seconds, 3),
+                        **accuracy._asdict(),
+                    }
+                )
+                job.say(f"step {step:>7,}  val top-1 {accuracy.top1:7.2%}  top-5 {accuracy.top5:7.2%}  (best {best:.2%})")
+                extra = {"step": str(step), "top1": f"{accuracy.top1:.6f}"}
+                run.save_weights("last", evaluated, classes, preprocessing, extra)
+                if is_best:
+                    run.save_weights("best", evaluated, classes, preprocessing, extra)
+                save_checkpoint()
+                meter.restart()
+                started = time.perf_counter()
+                continue
+
             with meter.waiting():
                 batch = next(batches)
             rate = config.learning_rate(_epoch(stream, step, epochs_a_step, config))
@@ -182,8 +232,7 @@ def train(job: Job) -> dict[str, Any]:
             step += 1
 
             meter.add(loss, stats)
-            is_last = step == stream.total_steps
-            if step % config.log_every == 0 or is_last:
+            if step % config.log_every == 0 or step == stream.total_steps:
                 line: dict[str, Any] = {
                     "kind": "train",
                     "step": step,
@@ -193,40 +242,9 @@ def train(job: Job) -> dict[str, Any]:
                 }
                 line |= meter.read(config.batch_size)
                 run.log(line)
-                if not math.isfinite(line["loss"]):
-                    raise InputError(
-                        f"loss: {line['loss']} within the {config.log_every} steps before step {step:,}; lower --lr or use --amp none"
-                    )
+                check_loss(line["loss"], step, config)
                 left = (stream.total_steps - step) * config.batch_size / line["crops_per_second"]
                 job.say(_progress(line, stream.total_steps, left))
-            if step % eval_steps == 0 or is_last:
-                seconds += time.perf_counter() - started
-                evaluated = ema.module if ema else model
-                accuracy = assess(evaluated)
-                is_best = accuracy.top1 > best
-                best = max(best, accuracy.top1)
-                run.log(
-                    {
-                        "kind": "eval",
-                        "step": step,
-                        "epoch": round(step * epochs_a_step, 4),
-                        "crops": step * config.batch_size,
-                        "seconds": round(seconds, 3),
-                        **accuracy._asdict(),
-                    }
-                )
-                job.say(f"step {step:>7,}  val top-1 {accuracy.top1:7.2%}  top-5 {accuracy.top5:7.2%}  (best {best:.2%})")
-                extra = {"step": str(step), "top1": f"{accuracy.top1:.6f}"}
-                run.save_weights("last", evaluated, classes, preprocessing, extra)
-                if is_best:
-                    run.save_weights("best", evaluated, classes, preprocessing, extra)
-                save_checkpoint()
-                meter.restart()
-                started = time.perf_counter()
-            elif stop_asked():
-                seconds += time.perf_counter() - started
-                save_checkpoint()
-                raise Stopped(f"stopped at step {step:,} of {stream.total_steps:,}; everything is saved in {job.out}: go on with --resume")
 
     if accuracy is None:  # resumed after the last step
         accuracy = assess(ema.module if ema else model)
@@ -313,6 +331,12 @@ class Meter:
         return figures
 
 
+def check_loss(loss: float, step: int, config: TrainConfig) -> None:
+    """Raises InputError for a loss that is no number: the weights are lost, and must not take the place of earlier ones."""
+    if not math.isfinite(loss):
+        raise InputError(f"loss: {loss} within the {config.log_every} steps before step {step:,}; lower --lr or use --amp none")
+
+
 def method_name(store: LabelStore | None, policy: RegionPolicy) -> str:
     """What the settings amount to: hard labels, FKD (every label trusted) or FerKD (some discarded or calibrated)."""
     if store is None:
@@ -345,12 +369,20 @@ def _classes(store: LabelStore | None, train_split: Split | None, val: Split) ->
     if store is None:
         assert train_split is not None
         check_same_classes(train_split, val)
+        if len(train_split.folders) < 2:
+            raise InputError(f"{train_split.root}: has only the class folder {train_split.folders[0]!r}; a classifier needs at least 2")
         return train_split.folders, np.arange(len(val.folders))
     unknown = [folder for folder in val.folders if folder not in store.folders]
     if unknown:
         raise InputError(
             f"{val.root}: class folders {', '.join(unknown[:5])} are not in the store {store.path}, which was labelled with "
             f"{', '.join(list(store.folders)[:5])}...; give the --data folder that was labelled"
+        )
+    missing = [folder for folder in store.folders if folder not in val.folders]
+    if missing:
+        raise InputError(
+            f"{val.root}: lacks the class folders {', '.join(missing[:5])} of the store {store.path}; "
+            "give val the class folders that were labelled, with the same names"
         )
     return tuple(store.class_names), np.array([store.folders[folder] for folder in val.folders])
 

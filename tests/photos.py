@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import nn
 
@@ -92,3 +93,29 @@ def dropping_net(num_classes: int) -> tuple[nn.Module, dict[str, object]]:
     assert isinstance(net, nn.Sequential)
     net.insert(5, nn.Dropout(0.3))
     return net, described
+
+
+def four_outputs(num_classes: int) -> tuple[nn.Module, dict[str, object]]:
+    """A student that does not listen."""
+    return tiny_net(4)
+
+
+def failing_net(num_classes: int) -> tuple[nn.Module, dict[str, object]]:
+    """A student that cannot be run on its own input size."""
+    return nn.Linear(5, num_classes), {"input_size": 16}
+
+
+class _ByColour(nn.Module):
+    """A teacher that compares a picture's mean colour with those of the classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("colours", torch.tensor(list(COLOURS.values())) / 255.0)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return -20.0 * torch.cdist(images.mean((2, 3)), self.colours)
+
+
+def colour_teacher() -> tuple[nn.Module, dict[str, object]]:
+    """A teacher for write_photos, `python:photos:colour_teacher`."""
+    return _ByColour(), {"input_size": 16, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "classes": list(COLOURS)}

@@ -14,6 +14,7 @@ from PIL import Image
 import ferkd.data
 from ferkd.crops import CropSettings, decode, draw_crops, take_crop
 from ferkd.data import (
+    CenterViews,
     CropStream,
     CropView,
     DecodedPhotos,
@@ -26,6 +27,8 @@ from ferkd.data import (
     Visit,
     check_same_photos,
     collate,
+    evaluation_loader,
+    loaded,
     surviving_crops,
     training_loader,
 )
@@ -180,6 +183,38 @@ def test_another_dataset_is_refused_before_training(photos: Path, store: LabelSt
 def test_the_cache_refuses_what_does_not_fit(photos: Path, store: LabelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ferkd.data.os, "sysconf", lambda name: {"SC_AVPHYS_PAGES": 2, "SC_PAGE_SIZE": 4096}[name])
     with pytest.raises(InputError, match="train without --cache decoded"):
+        DecodedPhotos(PhotoFiles(photos / "train", store), range(len(store)), 1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_worker_s_error_arrives_as_it_was(photos: Path, store: LabelStore, workers: int) -> None:
+    """Not as a page of the worker's traceback, and after the batches that came before it."""
+    path = photos / "train" / store.entry(3).path
+    whole = path.read_bytes()
+    path.write_bytes(b"no picture")
+    try:
+        dataset = stored(photos, store)
+        sampler = StreamSampler(CropStream(len(dataset), 4, [Phase(4, len(dataset))], 0), 0, len(dataset))
+        batches = loaded(training_loader(dataset, sampler, workers, pin_memory=False))
+        seen = []
+        with pytest.raises(InputError) as caught:
+            seen.extend(batches)
+        assert str(caught.value) == f"{path}: not an image that Pillow can decode (10 bytes); remove it or replace it"
+        assert len(seen) == next(step for step in range(len(dataset)) if sampler.stream.visits(step)[0].image == 3)
+        split = scan_split(photos, "train")
+        views = CenterViews(split, np.arange(3), 16, 1.0, "bilinear")
+        with pytest.raises(InputError, match=r"^[^\n]*3\.png: not an image[^\n]*$"):
+            list(loaded(evaluation_loader(views, 2, workers)))
+    finally:
+        path.write_bytes(whole)
+
+
+def test_a_cache_that_shared_memory_cannot_hold_is_refused(photos: Path, store: LabelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(block: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(InputError, match="do not fit into shared memory; make /dev/shm larger"):
         DecodedPhotos(PhotoFiles(photos / "train", store), range(len(store)), 1)
 
 

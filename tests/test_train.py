@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -234,7 +235,110 @@ def test_init_starts_from_given_weights(photos: Path, store: LabelStore, tmp_pat
     torch.testing.assert_close(second["0.weight"], first["0.weight"], atol=1e-7, rtol=0)
 
 
+def test_an_evaluation_that_fails_loses_nothing(photos: Path, tmp_path: Path) -> None:
+    """What was learnt before it is saved, and the resumed run makes up for it and ends as if nothing had been."""
+    train(job(photos, tmp_path / "whole"))
+    broken = write_photos(tmp_path / "data")
+    picture = broken / "val" / "red" / "1.png"
+    whole = picture.read_bytes()
+    picture.write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"val/red/1\.png: not an image"):
+        train(job(broken, tmp_path / "run"))
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    assert not lines(tmp_path / "run", "eval")
+    picture.write_bytes(whole)
+    train(job(broken, tmp_path / "run", resume=True))
+    for name in ("last", "best"):
+        assert same_bits(load_file(tmp_path / "run" / f"{name}.safetensors"), load_file(tmp_path / "whole" / f"{name}.safetensors"))
+    evaluations = [[(line["step"], line["top1"]) for line in lines(tmp_path / run, "eval")] for run in ("run", "whole")]
+    assert evaluations[0] == evaluations[1]
+
+
+def test_an_evaluation_killed_after_its_line_is_logged_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ferkd.train.RunFolder.save_weights", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(job(photos, tmp_path / "run"))
+    assert len(lines(tmp_path / "run", "eval")) == 1
+    train(job(photos, tmp_path / "run", resume=True))
+    steps = [line["step"] for line in lines(tmp_path / "run", "eval")]
+    assert steps == sorted(set(steps))
+
+
+def test_a_lost_loss_is_never_saved_over_good_weights(photos: Path, tmp_path: Path) -> None:
+    train(job(photos, tmp_path / "run", epochs=4.0))
+    with pytest.raises(InputError, match="loss: nan"):
+        train(job(photos, tmp_path / "lost", lr=1e30, epochs=20.0, log_every=1000, eval_every=10.0))
+    assert not (tmp_path / "lost" / "checkpoint.pt").exists()
+
+
 # ------------------------------------------------------------------------------------------------------------------ what is refused
+
+
+def test_weights_without_a_checkpoint_are_not_overwritten(photos: Path, tmp_path: Path) -> None:
+    train(job(photos, tmp_path / "run", epochs=1.0))
+    (tmp_path / "run" / "checkpoint.pt").unlink()  # to save space, when a run is done
+    before = (tmp_path / "run" / "last.safetensors").read_bytes()
+    with pytest.raises(InputError, match="holds a run already"):
+        train(job(photos, tmp_path / "run", epochs=1.0, seed=1))
+    assert (tmp_path / "run" / "last.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_of_other_photographs_is_refused(photos: Path, tmp_path: Path) -> None:
+    train(job(photos, tmp_path / "run", epochs=1.0))
+    other = write_photos(tmp_path / "data")
+    for path in sorted((other / "train" / "red").iterdir()):
+        path.rename(path.with_name(f"other-{path.name}"))
+    with pytest.raises(InputError, match="was made with photos = "):
+        train(job(other, tmp_path / "run", epochs=1.0, resume=True))
+
+
+def test_a_run_folder_that_goes_away_is_named(photos: Path, tmp_path: Path) -> None:
+    def vanish(line: str) -> None:
+        if line.startswith("step "):
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+    with pytest.raises(InputError, match=r"run/log\.jsonl: cannot be written \(No such file or directory\)"):
+        train(dataclasses.replace(job(photos, tmp_path / "run"), say=vanish))
+
+
+@pytest.mark.parametrize("policy", [RegionPolicy(discard_below=0.2), RegionPolicy(discard_above=0.9), RegionPolicy(calibrate_below=0.3)])
+def test_thresholds_without_labels_are_refused(photos: Path, tmp_path: Path, policy: RegionPolicy) -> None:
+    with pytest.raises(InputError, match="thresholds are for stored labels; add --labels STORE"):
+        train(job(photos, tmp_path / "run", policy=policy))
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_a_student_of_other_classes_is_refused(photos: Path, store: LabelStore, tmp_path: Path, with_labels: bool) -> None:
+    with pytest.raises(InputError, match="four_outputs: answers 4 classes, but the data have 3"):
+        train(job(photos, tmp_path / "run", store if with_labels else None, student="python:photos:four_outputs"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_cannot_be_mixed_is_refused_before_training(photos: Path, store: LabelStore, tmp_path: Path) -> None:
+    """Ten images fit one group; the last epochs' 40 images, of one crop each, do not divide into groups of 16."""
+    with pytest.raises(InputError, match="mix_group: 16 images do not divide the 40 images"):
+        train(job(photos, tmp_path / "run", store, batch_size=40, epochs=16.0, mixing=Mixing("mixup")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_class_is_refused(photos: Path, tmp_path: Path) -> None:
+    other = write_photos(tmp_path / "data")
+    for split in ("train", "val"):
+        for name in ("red", "blue"):
+            shutil.rmtree(other / split / name)
+    with pytest.raises(InputError, match="has only the class folder 'green'"):
+        train(job(other, tmp_path / "run"))
+
+
+def test_val_must_have_every_class_of_the_labels(photos: Path, store: LabelStore, tmp_path: Path) -> None:
+    other = write_photos(tmp_path / "data")
+    shutil.rmtree(other / "val" / "red")
+    with pytest.raises(InputError, match="val: lacks the class folders red of the store"):
+        train(job(other, tmp_path / "run", store))
 
 
 def test_a_run_is_not_overwritten(photos: Path, tmp_path: Path) -> None:
@@ -325,6 +429,13 @@ def test_torchrun_is_refused_until_it_is_supported(photos: Path, tmp_path: Path,
         ({"min_scale": 0.0}, "min_scale: 0.0"),
         ({"ema_decay": 1.0}, "ema_decay: 1.0"),
         ({"eval_crop_pct": 1.2}, "eval_crop_pct: 1.2"),
+        ({"single_crop_epochs": -1.0}, "single_crop_epochs: -1.0"),
+        ({"clip_grad": float("nan")}, "clip_grad: nan"),
+        ({"clip_grad": -1.0}, "clip_grad: -1.0"),
+        ({"betas": (0.9, 1.0)}, "betas: "),
+        ({"drop_path": 1.0}, "drop_path: 1.0"),
+        ({"workers": -1}, "workers: -1"),
+        ({"seed": -1}, "seed: -1"),
     ],
 )
 def test_wrong_settings_are_refused(wrong: dict[str, Any], says: str) -> None:
