@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -81,11 +82,11 @@ def inspect(arguments: Sequence[str]) -> None:
     from ferkd.store import LabelStore
 
     settings, output = _parse(inspect, InspectSettings, arguments)
+    if settings.data and not settings.pictures:
+        raise InputError("--data draws crops on photographs: add --pictures FOLDER to say where the pictures go")
     store = LabelStore(settings.store)
     statistics = store_statistics(store, settings.policy)
     pictures = []
-    if settings.data and not settings.pictures:
-        raise InputError("--data draws crops on photographs: add --pictures FOLDER to say where the pictures go")
     if settings.pictures:
         pictures.append(settings.pictures / "confidence.png")
         confidence_picture(statistics, pictures[-1])
@@ -170,6 +171,20 @@ class EvalSettings:
     workers: int | None = None
     """Loader processes. Default: one a core but one, at most 8."""
 
+    def __post_init__(self) -> None:
+        if (self.weights is None) == (self.teacher is None):
+            raise InputError("give either --weights FILE of a ferkd run or --teacher SPEC")
+        if self.weights is not None and (self.teacher_weights is not None or self.input_size is not None):
+            raise InputError(
+                "--teacher-weights and --input-size go with --teacher; for a run at another size, --teacher run:DIR --input-size PX"
+            )
+        if self.batch_size < 1:
+            raise InputError(f"batch_size: {self.batch_size}; give a whole number of at least 1")
+        if self.workers is not None and self.workers < 0:
+            raise InputError(f"workers: {self.workers}; give a whole number of at least 0")
+        if self.input_size is not None and self.input_size < 1:
+            raise InputError(f"input_size: {self.input_size}; give a whole number of at least 1")
+
 
 def evaluate(arguments: Sequence[str]) -> None:
     """Top-1 and top-5 on DATA/val.
@@ -180,8 +195,6 @@ def evaluate(arguments: Sequence[str]) -> None:
     from ferkd.teacher import load_run, load_teacher
 
     settings, output = _parse(evaluate, EvalSettings, arguments, name="eval")
-    if (settings.weights is None) == (settings.teacher is None):
-        raise InputError("give either --weights FILE of a ferkd run or --teacher SPEC")
     if settings.weights is not None:
         model = load_run(settings.weights)
     else:
@@ -227,11 +240,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     try:
         FUNCTIONS[arguments[0]](arguments[1:])
-    except (InputError, CheckFailed, Stopped, KeyboardInterrupt) as error:
+    except BrokenPipeError:  # `ferkd inspect STORE | head` has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (InputError, CheckFailed, Stopped, OSError, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             raise
         status = {CheckFailed: 1, Stopped: 75, KeyboardInterrupt: 130}.get(type(error), 2)
-        text = "interrupted" if isinstance(error, KeyboardInterrupt) else " ".join(str(error).split())
+        text = " ".join(str(error).split())
+        if isinstance(error, KeyboardInterrupt):
+            text = "interrupted"
+        elif isinstance(error, OSError) and error.filename is not None:
+            text = f"{error.filename}: {error.strerror}"
         print(f"ferkd {arguments[0]}: {text}", file=sys.stderr)
         sys.exit(status)
 

@@ -111,6 +111,16 @@ def test_wrong_input_is_one_line_and_status_2(photos: Path, store: LabelStore, t
         (["train", "--data", photos, "--out", tmp_path / "run", "--recipe", "imagenet", *FAST], "recipe: 'imagenet' is unknown"),
         (["eval", "--data", photos], "give either --weights FILE"),
         (["eval", "--data", photos, "--weights", tmp_path / "none.safetensors"], "none.safetensors"),
+        (["eval", "--data", photos, "--weights", "x", "--input-size", "8"], "--teacher-weights and --input-size go with --teacher"),
+        (["eval", "--data", photos, "--weights", "x", "--batch-size", "0"], "batch_size: 0"),
+        (["eval", "--data", photos, "--weights", "x", "--workers", "-1"], "workers: -1"),
+        (["inspect", store.path, "--pictures", "/proc/none"], "/proc/none: No such file or directory"),
+        (["train", "--data", photos, "--out", tmp_path / "run", *FAST, "--student", "python:sys:none"], "has no callable 'none'"),
+        (["train", "--data", photos, "--out", tmp_path / "run", *FAST, "--student", "python:builtins:dict"], "takes no num_classes"),
+        (
+            ["train", "--data", photos, "--out", tmp_path / "run", *FAST, "--student", "python:photos:failing_net"],
+            "fails on images of 16 x",
+        ),
         (["demo", "--data", photos], "--data and --teacher go together"),
     ]
     for arguments, says in cases:
