@@ -96,7 +96,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
         data, teacher = settings.data, settings.teacher
     with _step(f"label {crops} crops of every image", timings):
         asked = LabelSettings(
-            data, teacher, out / "labels", crops=crops, topk=5, flip=not is_digits, teacher_weights=settings.teacher_weights
+            data, teacher, out / "labels", crops=crops, flip=not is_digits, teacher_weights=settings.teacher_weights
         )
         store = label(asked)
         assert store is not None
