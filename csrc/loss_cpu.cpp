@@ -294,19 +294,23 @@ struct Sums {
 // e[c] = exp d[c] for one block, and its sums; `slope` is 1 / (T ln 2). `e` may be `x`.
 template <bool keep, typename A>
 FERKD_INLINE void exponentials_any(const A* x, A* e, int64_t n, A largest, A slope, Sums& sums) {
-  A rest = 0, at_largest = 0, sum_d = 0;
+  constexpr int64_t RUN = 256;  // with 4 or 8 lanes a longer float32 sum of like terms drifts beyond what 32 lanes lose in a block
+  for (int64_t begin = 0; begin < n; begin += RUN) {
+    const int64_t end = std::min(n, begin + RUN);
+    A rest = 0, at_largest = 0, sum_d = 0;
 #pragma omp simd reduction(+ : rest, at_largest, sum_d)
-  for (int64_t c = 0; c < n; ++c) {
-    const A d = x[c] - largest;
-    const A value = exp2_of(d * slope);
-    if constexpr (keep) e[c] = value;
-    rest += d == A(0) ? A(0) : value;  // so written that NaN reaches the sum
-    at_largest += d == A(0) ? A(1) : A(0);
-    sum_d += d;
+    for (int64_t c = begin; c < end; ++c) {
+      const A d = x[c] - largest;
+      const A value = exp2_of(d * slope);
+      if constexpr (keep) e[c] = value;
+      rest += d == A(0) ? A(0) : value;  // so written that NaN reaches the sum
+      at_largest += d == A(0) ? A(1) : A(0);
+      sum_d += d;
+    }
+    sums.rest += double(rest);
+    sums.largest += double(at_largest);
+    sums.d += double(sum_d);
   }
-  sums.rest += double(rest);
-  sums.largest += double(at_largest);
-  sums.d += double(sum_d);
 }
 
 #if defined(__x86_64__)

@@ -447,6 +447,23 @@ def test_every_instruction_set_gives_the_oracles_figures(isa, dtype, monkeypatch
 
 
 @pytest.mark.skipif(ops.why_not("cpu", "cpu") is not None, reason="the extension is not built")
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+def test_every_instruction_set_keeps_a_confident_rows_digits(isa, monkeypatch):
+    monkeypatch.setenv("FERKD_CPU", isa)
+    try:
+        ops.cpu_isa()
+    except ValueError as error:
+        pytest.skip(str(error))
+    for dtype in (torch.float32, torch.bfloat16):
+        test_a_confident_student_on_a_confident_label_keeps_its_digits(dtype, "cpu")
+    # 4,095 equal exponentials: a float32 sum in few lanes would drift by hundreds of last bits
+    x = torch.zeros(1, 4096)
+    x[0, 3] = 12.5
+    loss = ferkd_loss(x, (torch.tensor([[3]]), torch.ones(1, 1)), torch.tensor([3]), impl="cpu")
+    assert loss.item() == pytest.approx(math.log1p(4095 * math.exp(-12.5)), rel=3e-6)
+
+
+@pytest.mark.skipif(ops.why_not("cpu", "cpu") is not None, reason="the extension is not built")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
 def test_half_types_round_as_torch_rounds(isa, dtype, monkeypatch):
