@@ -95,7 +95,7 @@ def adapt(ids: Tensor, probs: Tensor, target: Tensor, *, classes: int, policy: R
     sums = sum_in_order(v)
     others = classes - k
     if tail == "renorm":
-        region = torch.where((region == Region.KEPT) & (sums == 0), torch.full_like(region, Region.DISCARDED), region)
+        region = torch.where(region.eq(Region.KEPT) & (sums == 0), torch.full_like(region, Region.DISCARDED), region)
         v = v / torch.where(sums == 0, 1.0, sums)[:, None]
         beta = torch.zeros_like(sums)
     else:
@@ -112,7 +112,7 @@ def adapt(ids: Tensor, probs: Tensor, target: Tensor, *, classes: int, policy: R
     deltas = v - beta[:, None]
 
     # Calibrated: the softened ground truth, one pair; not tempered.
-    calibrated = region == Region.CALIBRATED
+    calibrated = region.eq(Region.CALIBRATED)
     even = policy.smoothing / (classes - 1)
     pair = torch.zeros(k, dtype=dtype, device=ids.device)
     pair[0] = 1.0 - policy.smoothing - even
@@ -121,7 +121,7 @@ def adapt(ids: Tensor, probs: Tensor, target: Tensor, *, classes: int, policy: R
     beta = torch.where(calibrated, even, beta)
     mass = torch.where(calibrated, 1.0, mass)
 
-    discarded = region == Region.DISCARDED
+    discarded = region.eq(Region.DISCARDED)
     return Labels(
         mass=torch.where(discarded, 0.0, mass),
         base=torch.where(discarded, 0.0, beta),

@@ -22,7 +22,10 @@ Confidence = Literal["max", "target"]
 
 
 class Region(enum.IntEnum):
-    """What becomes of a crop. The values are what the kernels write."""
+    """What becomes of a crop. The values are what the kernels write.
+
+    Code that may be compiled compares with `tensor.eq(Region.KEPT)`: torch.compile takes `tensor == Region.KEPT` for the constant False.
+    """
 
     DISCARDED = 0
     CALIBRATED = 1

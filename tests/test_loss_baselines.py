@@ -23,3 +23,13 @@ def test_baseline_equals_the_reference(name):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     found, wanted = torch.autograd.grad(loss, x) + torch.autograd.grad(expected, x)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in BASELINES if name != "fkd"])
+def test_baseline_compiles_to_one_graph(name):
+    """A graph break would leave part of it eager, and `torch.compile` would look slower than it is."""
+    torch._dynamo.reset()
+    ids, probs, target = labels(20, 50, 5)
+    x, policy = logits(20, 50), RegionPolicy(discard_below=0.2, calibrate_below=0.4)
+    run = torch.compile(BASELINES[name], backend="eager", fullgraph=True)
+    torch.testing.assert_close(run(x, ids, probs, target, policy), BASELINES[name](x, ids, probs, target, policy))

@@ -16,7 +16,7 @@ from loss_cases import DTYPES, IMPLS, POLICY, OpsRun, labels, logits
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ferkd import FerKDLoss, Records, ferkd_loss, ops
+from ferkd import FerKDLoss, Records, RegionPolicy, ferkd_loss, ops
 from ferkd.loss import label_mass
 from ferkd.records import pack_labels
 
@@ -368,6 +368,20 @@ def test_compiled_records_and_promise(fresh_compiler):
         run(x, words, target, scale).backward(torch.tensor(0.5))
     with pytest.raises(ValueError, match="labels: class id"):
         run(x, words | 0xFFFF, target, scale)
+
+
+@pytest.mark.parametrize("tail", ["smooth", "renorm"])
+def test_label_mass_compiles(tail, fresh_compiler):
+    _, (ids, probs), target = problem()
+    probs[3] = 0.0  # under `renorm` a label of nothing has no mass
+
+    def run(ids, probs, target):
+        return label_mass((ids, probs), target, classes=C, policy=POLICY if tail == "smooth" else RegionPolicy(), tail=tail)
+
+    found = torch.compile(run, backend="aot_eager", fullgraph=True)(ids, probs, target)
+    torch.testing.assert_close(found, run(ids, probs, target))
+    assert found[3] == 0
+    assert found.sum() > 0
 
 
 def test_compiled_by_inductor_backward_twice_with_caches_off(fresh_compiler, monkeypatch):
