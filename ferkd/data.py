@@ -435,11 +435,19 @@ class _FirstError:
 
 
 def loaded(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches of one of this module's loaders. Raises the InputError that a worker met, as it was, in its place in the order."""
-    for batch in loader:
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch
+    """The batches of one of this module's loaders. Raises the InputError that a worker met, as it was, in its place in the order.
+
+    A worker that the system killed is an InputError too.
+    """
+    try:
+        for batch in loader:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise InputError(f"workers: {error} Did memory, or /dev/shm, run out? Use fewer --workers") from error
 
 
 def training_loader(dataset: Dataset[ImageCrops], sampler: StreamSampler, workers: int, pin_memory: bool) -> DataLoader[Any]:
@@ -471,8 +479,9 @@ def evaluation_loader(views: Dataset[Any], batch_size: int, workers: int) -> Dat
 def start_worker(worker: int) -> None:
     """What every loader process does first."""
     torch.set_num_threads(1)  # workers share the cores; a pool of threads in each would only fight
-    # A scheduler sends SIGTERM to the whole job. The main process answers it by saving, for which it still needs its loader.
+    # A scheduler sends SIGTERM to the whole job, a terminal SIGINT. The main process answers, and may still need its loader for that.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def check_same_photos(root: Path, store: LabelStore, samples: int = 16) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 from photos import write_photos, write_store
 from PIL import Image
+from torch.utils.data import Dataset
 
 import ferkd.data
 from ferkd.crops import CropSettings, decode, draw_crops, take_crop
@@ -207,6 +210,25 @@ def test_a_worker_s_error_arrives_as_it_was(photos: Path, store: LabelStore, wor
             list(loaded(evaluation_loader(views, 2, workers)))
     finally:
         path.write_bytes(whole)
+
+
+class _Signalled(Dataset[bool]):
+    """Each item: whether a worker ignores SIGINT and SIGTERM. Item 2 kills the worker."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> bool:
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return signal.getsignal((signal.SIGINT, signal.SIGTERM)[index]) == signal.SIG_IGN
+
+
+def test_workers_leave_signals_to_the_main_process_and_a_dead_one_is_told() -> None:
+    batches = loaded(evaluation_loader(_Signalled(), 1, 1))
+    assert [bool(next(batches)) for _ in range(2)] == [True, True]
+    with pytest.raises(InputError, match=r"^workers: DataLoader worker .* is killed by signal: Killed.*fewer --workers"):
+        next(batches)
 
 
 def test_a_cache_that_shared_memory_cannot_hold_is_refused(photos: Path, store: LabelStore, monkeypatch: pytest.MonkeyPatch) -> None:
