@@ -242,8 +242,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         FUNCTIONS[arguments[0]](arguments[1:])
     except BrokenPipeError:  # `ferkd inspect STORE | head` has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (InputError, CheckFailed, Stopped, OSError, KeyboardInterrupt) as error:
-        if "--debug" in arguments:
+    except (InputError, CheckFailed, Stopped, OSError, RuntimeError, KeyboardInterrupt) as error:
+        # PyTorch tells of a killed loader process by a bare RuntimeError, from a signal handler: wherever the program happens to be.
+        lost_worker = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+        if "--debug" in arguments or (isinstance(error, RuntimeError) and not lost_worker):
             raise
         status = {CheckFailed: 1, Stopped: 75, KeyboardInterrupt: 130}.get(type(error), 2)
         text = " ".join(str(error).split())
@@ -251,6 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             text = "interrupted"
         elif isinstance(error, OSError) and error.filename is not None:
             text = f"{error.filename}: {error.strerror}"
+        elif lost_worker:
+            text = f"workers: {text} Did memory, or /dev/shm, run out? Use fewer --workers"
         print(f"ferkd {arguments[0]}: {text}", file=sys.stderr)
         sys.exit(status)
 

@@ -435,19 +435,11 @@ class _FirstError:
 
 
 def loaded(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches of one of this module's loaders. Raises the InputError that a worker met, as it was, in its place in the order.
-
-    A worker that the system killed is an InputError too.
-    """
-    try:
-        for batch in loader:
-            if isinstance(batch, InputError):
-                raise batch
-            yield batch
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise InputError(f"workers: {error} Did memory, or /dev/shm, run out? Use fewer --workers") from error
+    """The batches of one of this module's loaders. Raises the InputError that a worker met, as it was, in its place in the order."""
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
 
 
 def training_loader(dataset: Dataset[ImageCrops], sampler: StreamSampler, workers: int, pin_memory: bool) -> DataLoader[Any]:

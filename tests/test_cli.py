@@ -128,6 +128,29 @@ def test_wrong_input_is_one_line_and_status_2(photos: Path, store: LabelStore, t
         assert says in error_of(capsys)
 
 
+@pytest.mark.parametrize("death", ["is killed by signal: Killed. ", "is killed by signal: Bus error. "])
+def test_a_killed_loader_process_is_one_line(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, death: str
+) -> None:
+    def lose_worker(job: object) -> None:
+        raise RuntimeError(f"DataLoader worker (pid 7) {death}")
+
+    monkeypatch.setattr("ferkd.train.train", lose_worker)
+    assert run("train", "--data", photos, "--out", tmp_path / "run", *FAST) == 2
+    assert (
+        error_of(capsys) == f"ferkd train: workers: DataLoader worker (pid 7) {death}Did memory, or /dev/shm, run out? Use fewer --workers"
+    )
+
+
+def test_other_errors_show_where_they_came_from(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(job: object) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr("ferkd.train.train", fail)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        run("train", "--data", photos, "--out", tmp_path / "run", *FAST)
+
+
 def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no such folder"):
         main(["inspect", str(tmp_path / "nothing"), "--debug"])

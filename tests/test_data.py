@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import signal
 from pathlib import Path
@@ -213,22 +212,17 @@ def test_a_worker_s_error_arrives_as_it_was(photos: Path, store: LabelStore, wor
 
 
 class _Signalled(Dataset[bool]):
-    """Each item: whether a worker ignores SIGINT and SIGTERM. Item 2 kills the worker."""
+    """Items 0 and 1: whether a worker ignores SIGINT and SIGTERM."""
 
     def __len__(self) -> int:
-        return 3
+        return 2
 
     def __getitem__(self, index: int) -> bool:
-        if index == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
         return signal.getsignal((signal.SIGINT, signal.SIGTERM)[index]) == signal.SIG_IGN
 
 
-def test_workers_leave_signals_to_the_main_process_and_a_dead_one_is_told() -> None:
-    batches = loaded(evaluation_loader(_Signalled(), 1, 1))
-    assert [bool(next(batches)) for _ in range(2)] == [True, True]
-    with pytest.raises(InputError, match=r"^workers: DataLoader worker .* is killed by signal: Killed.*fewer --workers"):
-        next(batches)
+def test_workers_leave_signals_to_the_main_process() -> None:
+    assert [bool(ignored) for ignored in loaded(evaluation_loader(_Signalled(), 1, 1))] == [True, True]
 
 
 def test_a_cache_that_shared_memory_cannot_hold_is_refused(photos: Path, store: LabelStore, monkeypatch: pytest.MonkeyPatch) -> None:
