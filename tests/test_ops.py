@@ -225,6 +225,17 @@ def test_a_promised_upstream_gradient_is_in_the_stored_one_and_is_checked(dtype,
         rows.backward(torch.tensor([65536.0] * (B - 1) + [0.5]))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(ops._NO_CUDA is not None, reason="the CUDA part is not built")
+def test_the_cuda_part_scales_by_an_expanded_upstream_gradient():
+    grad = torch.randn(B, C, device="cuda")
+    expected = grad * 3.0
+    torch.ops.ferkd.scale_(grad, torch.tensor(3.0, device="cuda").expand(B))  # what reaches the rows of `none` from a sum over them
+    torch.testing.assert_close(grad, expected)
+    with pytest.raises(ValueError, match="upstream: it must be"):
+        torch.ops.ferkd.scale_(grad, torch.tensor(3.0))
+
+
 # ---------------------------------------------------------------------------------------------- mixed precision, checkpoints, hooks
 
 
