@@ -122,6 +122,8 @@ def label(settings: LabelSettings, say: Callable[[str], None] = _to_stderr) -> L
     CheckFailed when the preflight refuses; StoreError for a store that is another's, in use or cannot be written; Stopped on SIGTERM,
     everything so far being safe. A photo that cannot be decoded is recorded as failed and named at the end, and stops nothing.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("torchrun: labelling on several processes is not supported by this version; start `ferkd label` without torchrun")
     job = plan_job(settings)
     for line in job.describe():
         say(line)

@@ -151,6 +151,15 @@ def test_other_errors_show_where_they_came_from(photos: Path, tmp_path: Path, mo
         run("train", "--data", photos, "--out", tmp_path / "run", *FAST)
 
 
+@pytest.mark.parametrize("command", [["label", "--teacher", "python:photos:tiny_net"], ["train", "--student", "python:photos:tiny_net"]])
+def test_torchrun_is_refused_in_these_words(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(*command, "--data", photos, "--out", tmp_path / "out") == 2
+    assert f"start `ferkd {command[0]}` without torchrun" in error_of(capsys)
+
+
 def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no such folder"):
         main(["inspect", str(tmp_path / "nothing"), "--debug"])
