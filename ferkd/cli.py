@@ -1,6 +1,7 @@
 """The command line: one small function a command. `python -m ferkd` and `ferkd` are the same.
 
-Exit status: 0 done; 1 a check said no; 2 wrong use or input; 75 saved and stopped on SIGTERM, start the same command again.
+Exit status: 0 done; 1 a check said no; 2 wrong use or input; 75 saved and stopped on SIGTERM (or Ctrl-C, for train): start the same
+command again.
 """
 
 from __future__ import annotations
@@ -125,7 +126,9 @@ class TrainSettings:
 
 
 def train(arguments: Sequence[str]) -> None:
-    """Train a student. Without --labels on hard labels; with them FKD; with thresholds FerKD.
+    """Train a student. Without --labels on hard labels (softened by --smoothing); with them FKD; with thresholds FerKD.
+
+    SIGTERM or Ctrl-C saves and stops with exit status 75; the same command with --resume goes on.
 
     --recipe NAME (default, small_images, fkd_resnet50, fkd_vit, ferkd_resnet50) gives the settings that the other flags then change.
 

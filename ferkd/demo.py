@@ -56,8 +56,10 @@ class DemoSettings:
     def __post_init__(self) -> None:
         if (self.data is None) != (self.teacher is None):
             raise InputError("--data and --teacher go together: your photographs and a model that knows their classes")
-        if self.seeds < 1:
-            raise InputError(f"seeds: {self.seeds}; give at least 1")
+        for name in ("seeds", "crops", "image_size", "epochs"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{name}: {value}; give a number above 0")
 
 
 def run_demo(settings: DemoSettings) -> dict[str, Any]:
@@ -95,9 +97,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
         assert settings.teacher is not None
         data, teacher = settings.data, settings.teacher
     with _step(f"label {crops} crops of every image", timings):
-        asked = LabelSettings(
-            data, teacher, out / "labels", crops=crops, flip=not is_digits, teacher_weights=settings.teacher_weights
-        )
+        asked = LabelSettings(data, teacher, out / "labels", crops=crops, flip=not is_digits, teacher_weights=settings.teacher_weights)
         store = label(asked)
         assert store is not None
     with _step("inspect the labels", timings):

@@ -14,4 +14,4 @@ class CheckFailed(Exception):
 
 
 class Stopped(Exception):
-    """Saved everything and stopped because it was asked to (SIGTERM): start the same command again. Exit status 75."""
+    """Saved everything and stopped because it was asked to (SIGTERM, Ctrl-C): start the same command again. Exit status 75."""

@@ -26,7 +26,7 @@ class TrainConfig:
     crops_per_image: int = 4
     """m: crops taken from one decoded photograph."""
     single_crop_epochs: float | None = None
-    """The last epochs, which take one crop an image. Default: m, as FKD does."""
+    """The last epochs, which take one crop an image. Default: m, as FKD does, but at most a quarter of all."""
     single_crop_warmup: bool = False
     """Whether the warm-up epochs take one crop an image (FKD's ViT recipe)."""
 
@@ -131,6 +131,11 @@ class TrainConfig:
     def warmup(self) -> float:
         """Epochs of warm-up, resolved."""
         return self.epochs / 20 if self.warmup_epochs is None else self.warmup_epochs
+
+    @property
+    def last_single(self) -> float:
+        """The last epochs that take one crop an image, resolved."""
+        return min(self.crops_per_image, self.epochs / 4) if self.single_crop_epochs is None else self.single_crop_epochs
 
     def learning_rate(self, epoch: float) -> float:
         """The rate after `epoch` epochs' worth of crops: linear warm-up from lr / 100, then a cosine down to min_lr."""

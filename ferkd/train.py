@@ -77,7 +77,7 @@ def train(job: Job) -> dict[str, Any]:
     """Train a student and return its summary, which is also written to RUN/summary.json.
 
     RUN then holds config.json, log.jsonl, last.safetensors and best.safetensors (which timm loads), and checkpoint.pt to resume from.
-    Raises InputError for what cannot be trained, Stopped after SIGTERM (everything saved).
+    Raises InputError for what cannot be trained, Stopped after SIGTERM or Ctrl-C (everything saved).
     """
     config = job.config
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -113,9 +113,8 @@ def train(job: Job) -> dict[str, Any]:
 
     # The stream of crops.
     usable, shares = _usable_images(store, train_split, config.policy)
-    last_single = config.crops_per_image if config.single_crop_epochs is None else config.single_crop_epochs
     phases = plan_phases(len(usable), config.batch_size, config.epochs, config.crops_per_image,
-                         config.warmup if config.single_crop_warmup else 0.0, last_single)  # fmt: skip
+                         config.warmup if config.single_crop_warmup else 0.0, config.last_single)  # fmt: skip
     stream = CropStream(len(usable), config.batch_size, phases, config.seed)
     for phase in phases:  # a batch that cannot be mixed is refused now, not when its phase begins
         draw_mixing(
@@ -173,7 +172,7 @@ def train(job: Job) -> dict[str, Any]:
     meter = Meter(device)
     accuracy: Accuracy | None = None
     started = time.perf_counter()
-    with stop_on_sigterm() as stop_asked:
+    with stop_when_asked() as stop_asked:
         while step < stream.total_steps or assessment_is_due():
             if assessment_is_due() or stop_asked():
                 seconds += time.perf_counter() - started
@@ -345,23 +344,25 @@ def method_name(store: LabelStore | None, policy: RegionPolicy) -> str:
 
 
 @contextmanager
-def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
-    """Within the block SIGTERM only raises a flag, which the loop reads between steps."""
+def stop_when_asked() -> Iterator[Callable[[], bool]]:
+    """Within the block SIGTERM and Ctrl-C only raise a flag, which the loop reads between steps; a second Ctrl-C interrupts at once."""
     asked = False
 
-    def ask(*_: Any) -> None:
+    def ask(number: int, _: Any) -> None:
         nonlocal asked
         asked = True
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     try:
-        before = signal.signal(signal.SIGTERM, ask)
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     except ValueError:  # not the main thread: whoever runs the loop there keeps its own handlers
         yield lambda: False
         return
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _classes(store: LabelStore | None, train_split: Split | None, val: Split) -> tuple[tuple[str, ...], np.ndarray]:

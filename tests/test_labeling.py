@@ -17,7 +17,7 @@ from tiny_teachers import GREYS
 from ferkd import labeling, store
 from ferkd.crops import read_photo, take_crop
 from ferkd.errors import CheckFailed, InputError, Stopped, StoreError
-from ferkd.labeling import LabelSettings, label
+from ferkd.labeling import LabelSettings, label, plan_job
 from ferkd.store import LabelStore, StoreWriter
 from ferkd.teacher import load_teacher
 
