@@ -6,7 +6,8 @@
 GB/s is computed from one read and one write of the logits, whatever a variant really moves; `of copy` is the median time divided by
 the copy's. `copy` writes into memory that is there, `clone` allocates its output as every loss does. `kernel` is the op alone (loss and
 gradient), `ferkd` is ferkd_loss and its backward through autograd. On a machine that others use too, OMP_NUM_THREADS=1 keeps the
-ratios meaningful: two threads of one loop wait for each other's time slices.
+ratios meaningful: two threads of one loop wait for each other's time slices. glibc is told to keep freed memory, for all variants alike:
+otherwise page faults of fresh pages, whose price depends on what else the machine does, are most of what the larger shapes measure.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.baselines import BASELINES, compiled_baselines
 from ferkd import Records, RegionPolicy, ferkd_loss, ops
+from ferkd.labeling import keep_freed_memory
 from ferkd.records import pack_labels
 
 SHAPES = ((256, 1000), (1024, 1000), (256, 21841))  # a small and FKD's own batch of ImageNet-1k crops; ImageNet-21k
@@ -99,6 +101,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave out the torch.compile variants")
     parser.add_argument("--only", default="", help="comma-separated variants, copy always among them")
     settings = parser.parse_args()
+    keep_freed_memory()
     only = set(filter(None, settings.only.split(","))) | {"copy"}
 
     rows = []

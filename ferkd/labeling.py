@@ -192,7 +192,7 @@ def plan_job(settings: LabelSettings) -> Job:
         check_same_classes(train, val)
     device = _device(settings.device)
     if device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     teacher = load_teacher(settings.teacher, settings.teacher_weights, settings.input_size)
     classes = choose_classes(settings.classes, train.folders, teacher)
     topk = min(5, len(classes.names)) if settings.topk is None else settings.topk
@@ -272,7 +272,7 @@ def _device_name(device: torch.device) -> str:
     return platform.machine()
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tells glibc to keep the teacher's activations for the next batch instead of returning them to the system and faulting them in anew.
 
     A convolutional teacher on a CPU spends most of its time on page faults otherwise. It holds for the whole process.
