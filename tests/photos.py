@@ -11,7 +11,7 @@ from torch import nn
 
 from ferkd.crops import CropSettings, draw_crops, read_photo
 from ferkd.folders import scan_split
-from ferkd.records import pack_boxes, pack_labels
+from ferkd.records import BoxCodec, LabelCodec, pack_boxes, pack_labels
 from ferkd.store import LabelledImage, LabelStore, StorePlan, StoreWriter
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
@@ -49,13 +49,15 @@ def write_store(
     seed: int = 0,
     classes: tuple[str, ...] = ("blue", "green", "red"),
     unreadable: int | None = None,
+    compact: bool = False,
 ) -> LabelStore:
     """A store over data/train with made-up answers. `unreadable`: the number of an image that counts as one that could not be read."""
     split = scan_split(data, "train")
     folders = {name: classes.index(name) for name in split.folders}
     targets = np.array([folders[split.folders[f]] for f in split.folder_of])
     settings = CropSettings(seed=seed)
-    plan = StorePlan(split.paths, targets, crops, k, classes, folders, "stored", "half", settings, 16, 1.0, {})
+    codecs: tuple[BoxCodec, LabelCodec] = ("replayed", "packed") if compact else ("stored", "half")
+    plan = StorePlan(split.paths, targets, crops, k, classes, folders, *codecs, settings, 16, 1.0, {})
     random = np.random.default_rng(seed)
     with StoreWriter(out, plan) as writer:
         for shard, first, last in writer.missing():
@@ -66,8 +68,8 @@ def write_store(
                     continue
                 photo = read_photo(split.root / split.paths[image])
                 height, width = photo.image.shape[1:]
-                boxes = pack_boxes(*draw_crops(settings, image, np.arange(crops), width, height))
-                labels = pack_labels(*answers(crops, len(classes), k, random), "half", len(classes))
+                boxes = None if compact else pack_boxes(*draw_crops(settings, image, np.arange(crops), width, height))
+                labels = pack_labels(*answers(crops, len(classes), k, random), codecs[1], len(classes))
                 images.append(LabelledImage(width, height, photo.crc, boxes, labels))
             writer.write_unit(shard, images)
             writer.finish_shard(shard)

@@ -87,6 +87,18 @@ def test_stored_labels_are_learnt_with_and_without_thresholds(photos: Path, stor
     assert ferkd["stored_regions"]["discarded"] == int(store.scan(policy).counts[0]) > 0
 
 
+def test_a_compact_store_shows_the_same_crops_and_nearly_the_same_labels(photos: Path, tmp_path: Path) -> None:
+    exact, compact = write_store(photos, tmp_path / "exact"), write_store(photos, tmp_path / "compact", compact=True)
+    assert compact.manifest.crop_bytes < exact.manifest.crop_bytes
+    policy = RegionPolicy(discard_below=0.5, calibrate_below=0.7)
+    losses = []
+    for store in (exact, compact):
+        train(job(photos, tmp_path / f"run-{store.label_codec}", store, policy=policy, epochs=2.0))
+        losses.append([line["loss"] for line in lines(tmp_path / f"run-{store.label_codec}", "train")])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] != losses[1]
+
+
 def test_what_the_teacher_says_is_what_is_learnt(photos: Path, store: LabelStore, tmp_path: Path) -> None:
     """Labels made up at random teach nothing; calibrating every one of them by the ground truth does."""
     changes = {"epochs": 60.0, "lr": 0.2}
