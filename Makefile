@@ -15,10 +15,12 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
 build: $(VENV)/.dev
 
+# A torch that $(PYTHON) can import is used as it is, also when $(PYTHON) is itself of a virtual environment: its folder joins the new one's path.
 $(BIN)/python:
-	@if $(PYTHON) -c "import torch" 2>/dev/null; then \
-		echo "using the torch that $(PYTHON) has"; $(PYTHON) -m venv --system-site-packages $(VENV); \
-	else $(PYTHON) -m venv $(VENV); fi
+	@$(PYTHON) -m venv $(VENV)
+	@site=$$($(PYTHON) -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])" 2>/dev/null) && { \
+		echo "using the torch in $$site"; echo "$$site" > $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torch-of-python.pth; \
+	} || true
 
 $(VENV)/.torch: $(BIN)/python
 	@$(BIN)/python -c "import torch" 2>/dev/null || { echo "installing PyTorch (some minutes)"; $(BIN)/python -m pip install -q $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)); }
@@ -38,11 +40,11 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST)
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 
 type: $(VENV)/.dev
-	$(BIN)/mypy
+	$(BIN)/python -m mypy
 
 bench: $(VENV)/.dev
 	$(BIN)/python bench/bench_loss.py
