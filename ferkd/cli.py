@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -281,7 +282,7 @@ def _parse(
     try:
         with contextlib.redirect_stderr(box):
             parsed: tuple[Settings, Output] = tyro.cli(
-                both, args=list(arguments), prog=f"ferkd {name or command.__name__}", description=command.__doc__,
+                both, args=list(arguments), prog=f"ferkd {name or command.__name__}", description=cleandoc(command.__doc__ or ""),
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
             )  # fmt: skip
     except SystemExit as stop:

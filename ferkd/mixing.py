@@ -32,12 +32,19 @@ class Mixing:
     """
 
     mix: Mix = "none"
+    """Mixup, CutMix, either by mix_switch, or SelfMix: either, with another crop of the same image."""
     mixup_alpha: float = 0.8
+    """Of the Beta distribution that Mixup's lambda is drawn from."""
     cutmix_alpha: float = 1.0
+    """The same for CutMix."""
     mix_probability: float = 1.0
+    """How often a batch (or row) is mixed at all."""
     mix_switch: float = 0.5
+    """How often by CutMix where both are possible."""
     mix_per: Literal["batch", "row"] = "batch"
+    """One lambda for all rows of a batch, or one each."""
     mix_group: int = 16
+    """Consecutive images inside which Mixup and CutMix pair rows."""
 
     def __post_init__(self) -> None:
         if self.mix not in get_args(Mix):

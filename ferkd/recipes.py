@@ -19,8 +19,8 @@ from ferkd.regions import RegionPolicy
 class TrainConfig:
     """How a student is trained. One epoch is as many crops as there are usable images (FKD's counting); batches are counted in crops."""
 
-    # ---- length and batches
     epochs: float = 100.0
+    """Length of training; one epoch is as many crops as there are usable images."""
     batch_size: int = 256
     """Crops a step, over all processes."""
     crops_per_image: int = 4
@@ -30,7 +30,6 @@ class TrainConfig:
     single_crop_warmup: bool = False
     """Whether the warm-up epochs take one crop an image (FKD's ViT recipe)."""
 
-    # ---- student's input
     image_size: int | None = None
     """Pixels, square. Default: what the student was made for."""
     eval_crop_pct: float | None = None
@@ -40,46 +39,55 @@ class TrainConfig:
     flip: bool = True
     """Whether half of the fresh crops are mirrored; for training without labels (stored crops know)."""
 
-    # ---- labels
     policy: RegionPolicy = RegionPolicy()
     mixing: Mixing = Mixing()
     temperature: float = 1.0
+    """T: students' logits are divided by it and stored labels softened to match."""
     tail: Literal["smooth", "renorm"] = "smooth"
+    """What becomes of the probability that is not stored: spread evenly over the other classes, or divided away."""
     tau_squared: bool = False
+    """Multiply the loss by T^2, so that gradients keep their size."""
 
-    # ---- optimiser
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW."""
     lr: float = 0.1
     """The highest learning rate, for this batch size: nothing is rescaled behind your back."""
     weight_decay: float = 1e-4
+    """Of every weight, or only of matrices and filters: see the next."""
     decay_norms_and_biases: bool = True
     """Whether weight decay acts on vectors too (normalisation and biases)."""
     momentum: float = 0.9
+    """Of SGD."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
     warmup_epochs: float | None = None
     """Epochs of linear warm-up. Default: a twentieth of all."""
     min_lr: float = 0.0
+    """The rate at the end of the cosine."""
     lr_step: Literal["step", "pass"] = "step"
     """`pass` holds the rate constant while the images are visited once, as FKD's epoch counter does."""
     clip_grad: float | None = None
     """Largest norm of the gradient."""
     drop_path: float = 0.0
+    """Stochastic depth of a timm student."""
     ema_decay: float | None = None
     """Decay a step of a moving average of the weights, which is then what is evaluated and saved."""
 
-    # ---- machine
     amp: Literal["none", "bf16", "fp16"] = "none"
+    """Mixed precision of the student; fp16 scales its gradients."""
     channels_last: bool = True
+    """Memory layout of pixels and weights; the fast one for convolutions."""
     compile: bool = False
     """torch.compile the forward pass and loss. Off by default: on a CPU it is slower."""
     impl: Literal["auto", "cuda", "triton", "cpu", "reference"] = "auto"
+    """Backend of the loss; a named one that cannot run refuses."""
     workers: int | None = None
     """Loader processes. Default: one a core but one, at most 8."""
     cache: Literal["none", "decoded"] = "none"
     """`decoded` keeps every decoded photograph in shared memory."""
     seed: int = 0
+    """Of initial weights, order of images and crops, and mixing."""
 
-    # ---- what is written, and when
     eval_every: float = 10.0
     """Epochs between evaluations and checkpoints; the end is always evaluated."""
     log_every: int = 50

@@ -49,10 +49,15 @@ class RegionPolicy:
     """
 
     discard_below: float = 0.0
+    """Drop crops of less confidence than this (the paper's T_L)."""
     calibrate_below: float = 0.0
+    """Of the others, give those below this the softened ground truth (T_M)."""
     discard_above: float = 1.0
+    """Drop crops of more confidence than this (T_T)."""
     smoothing: float = 0.1
+    """What the softened ground truth spreads over the other classes; of calibrated crops, and of hard labels."""
     confidence: Confidence = "max"
+    """What places a crop: the teacher's largest probability, or that of the ground truth."""
 
     def __post_init__(self) -> None:
         for name in ("discard_below", "calibrate_below", "discard_above", "smoothing"):
