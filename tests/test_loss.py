@@ -425,15 +425,21 @@ def test_the_module_is_the_function_with_its_settings_fixed():
 # ---------------------------------------------------------------------------------------------- instruction sets
 
 
-@pytest.mark.skipif(ops.why_not("cpu", "cpu") is not None, reason="the extension is not built")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
-def test_every_instruction_set_gives_the_oracles_figures(isa, dtype, monkeypatch):
-    monkeypatch.setenv("FERKD_CPU", isa)
+@pytest.fixture(params=["plain", "avx2", "avx512"])
+def isa(request, monkeypatch):
+    """The CPU kernel forced to one instruction set; skipped, with the kernel's own reason, on a processor that lacks it."""
+    if (reason := ops.why_not("cpu", "cpu")) is not None:
+        pytest.skip(reason)
+    monkeypatch.setenv("FERKD_CPU", request.param)
     try:
-        assert ops.cpu_isa() == isa
+        assert ops.cpu_isa() == request.param
     except ValueError as error:
         pytest.skip(str(error))
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set_gives_the_oracles_figures(isa, dtype):
     for classes in (3, 1000, 4097 + 15):
         ids, probs, target = labels(10, classes, 3)
         x = logits(10, classes, dtype)
@@ -446,14 +452,7 @@ def test_every_instruction_set_gives_the_oracles_figures(isa, dtype, monkeypatch
         assert_close(found[0], scaled, found[0].double(), found[1].double() * 0.37, dtype)
 
 
-@pytest.mark.skipif(ops.why_not("cpu", "cpu") is not None, reason="the extension is not built")
-@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
-def test_every_instruction_set_keeps_a_confident_rows_digits(isa, monkeypatch):
-    monkeypatch.setenv("FERKD_CPU", isa)
-    try:
-        ops.cpu_isa()
-    except ValueError as error:
-        pytest.skip(str(error))
+def test_every_instruction_set_keeps_a_confident_rows_digits(isa):
     for dtype in (torch.float32, torch.bfloat16):
         test_a_confident_student_on_a_confident_label_keeps_its_digits(dtype, "cpu")
     # 4,095 equal exponentials: a float32 sum in few lanes would drift by hundreds of last bits
@@ -463,16 +462,9 @@ def test_every_instruction_set_keeps_a_confident_rows_digits(isa, monkeypatch):
     assert loss.item() == pytest.approx(math.log1p(4095 * math.exp(-12.5)), rel=3e-6)
 
 
-@pytest.mark.skipif(ops.why_not("cpu", "cpu") is not None, reason="the extension is not built")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
-def test_half_types_round_as_torch_rounds(isa, dtype, monkeypatch):
+def test_half_types_round_as_torch_rounds(isa, dtype):
     """Scaling a gradient widens, multiplies in float32 and narrows: over values of every size it must equal torch bit for bit."""
-    monkeypatch.setenv("FERKD_CPU", isa)
-    try:
-        ops.cpu_isa()
-    except ValueError as error:
-        pytest.skip(str(error))
     every = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype)[None]
     for factor in (0.3, 1e-3, 3.0, 65536.0):
         found = every.clone()
