@@ -1,7 +1,7 @@
 """The torch.library operators: schemas, fakes, autograd and the choice of backend. The only file that knows backends.
 
 Every backend is one op of the same schema, so that a graph or a profile shows which one ran: `ferkd::loss_reference`,
-`ferkd::loss_cpu`. The gradient is computed in the forward and kept for the backward, which multiplies it by the upstream gradient.
+`ferkd::loss_cpu`, `ferkd::loss_triton`, `ferkd::loss_cuda`. The gradient is computed in the forward and kept for the backward, which multiplies it by the upstream gradient.
 
     loss, grad, region, correct, logsumexp = torch.ops.ferkd.loss_cpu(logits, labels, probs, target, ...)
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import os
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ from ferkd.errors import InputError
 
 logger = logging.getLogger("ferkd")
 
-IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+IMPLS = ("auto", *BACKENDS)
 
 _SCHEMA = (
     "(Tensor logits, Tensor labels, Tensor? probs, Tensor target, Tensor? partner, Tensor? lam, Tensor? normalizer, Tensor? upstream, "
@@ -44,8 +46,8 @@ _ARGUMENTS = _SCHEMA[: _SCHEMA.index("->")].count(",") + 1
 _UPSTREAM, _REDUCTION = 7, 17  # positions in the schema
 
 _library = torch.library.Library("ferkd", "DEF")
-for _name in ("loss_reference", "loss_cpu"):
-    _library.define(_name + _SCHEMA, tags=torch.Tag.pt2_compliant_tag)
+for _name in BACKENDS:
+    _library.define(f"loss_{_name}{_SCHEMA}", tags=torch.Tag.pt2_compliant_tag)
 _library.define("scale_(Tensor(a!) grad, Tensor upstream) -> ()", tags=torch.Tag.pt2_compliant_tag)
 _library.define("cpu_isa() -> str")
 
@@ -67,24 +69,34 @@ _NO_CPU = _load("ferkd._C")
 _NO_CUDA = _load("ferkd._C_cuda")
 
 
-def why_not(impl: str, device: str) -> str | None:
-    """Why a backend cannot run on logits of a device type ("cpu", "cuda"), or None when it can."""
+def why_not(impl: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why a backend cannot run on logits of a device type ("cpu", "cuda", ...) and dtype, or None when it can."""
     if impl == "reference":
         return None
     if impl == "cpu":
         return f"the logits are on {device}" if device != "cpu" else _NO_CPU
-    if impl == "triton" and importlib.util.find_spec("ferkd.kernels") is None:
+    if dtype == torch.float64:
+        return "it computes in float32, and the logits are float64"
+    if impl == "cuda":
+        return f"the logits are on {device}" if device != "cuda" else _NO_CUDA
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if importlib.util.find_spec("ferkd.kernels") is None:
         return "ferkd.kernels is not importable; install it: `pip install --no-build-isolation -e .`"
-    if impl == "cuda" and _NO_CUDA is not None:
-        return _NO_CUDA
-    return "its loss kernel is not written yet"
+    if device == "cpu" and not _interpreted():
+        return "the logits are on cpu (Triton's interpreter, TRITON_INTERPRET=1, is for tests)"
+    return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 _said: set[tuple[str, str]] = set()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def choose(impl: str, device: str) -> str:
+def choose(impl: str, device: str, dtype: torch.dtype = torch.float32) -> str:
     """The backend to run: `impl` itself, or for "auto" the fastest one that can run, said once on the logger "ferkd".
 
     Raises InputError for an unknown name and for a named backend that cannot run, with the reason: nothing falls back in silence.
@@ -92,13 +104,13 @@ def choose(impl: str, device: str) -> str:
     if impl not in IMPLS:
         raise InputError(f"impl: {impl!r} is unknown; choose one of {', '.join(IMPLS)}")
     if impl != "auto":
-        reason = why_not(impl, device)
+        reason = why_not(impl, device, dtype)
         if reason is not None:
             raise InputError(f"impl: {impl!r} cannot run here: {reason}")
         return impl
     reasons = {}
     for candidate in ("cpu",) if device == "cpu" else ("cuda", "triton"):
-        reason = why_not(candidate, device)
+        reason = why_not(candidate, device, dtype)
         if reason is None:
             if (candidate, device) not in _said:
                 _said.add((candidate, device))
@@ -123,6 +135,13 @@ def cpu_isa() -> str:
 # ------------------------------------------------------------------------------------------------ fakes and Python implementations
 
 torch.library.impl("ferkd::loss_reference", "CompositeExplicitAutograd", reference.loss, lib=_library)
+
+
+@torch.library.impl("ferkd::loss_triton", "CompositeExplicitAutograd", lib=_library)
+def _loss_triton(*arguments: Any) -> reference.Answer:
+    from ferkd.kernels import loss  # here, so that `import ferkd` does not load Triton
+
+    return loss.loss(*arguments)
 
 
 def _fake(logits: Tensor, *rest: Any) -> reference.Answer:
@@ -237,10 +256,10 @@ class _Loss(torch.autograd.Function):
 
 
 _OPS = {}
-for _name in ("loss_reference", "loss_cpu"):
-    torch.library.register_fake(f"ferkd::{_name}", _fake, lib=_library)
-    torch.library.register_autograd(f"ferkd::{_name}", _backward, setup_context=_setup_raw, lib=_library)
-    _OPS[_name.removeprefix("loss_")] = getattr(torch.ops.ferkd, _name).default
+for _name in BACKENDS:
+    torch.library.register_fake(f"ferkd::loss_{_name}", _fake, lib=_library)
+    torch.library.register_autograd(f"ferkd::loss_{_name}", _backward, setup_context=_setup_raw, lib=_library)
+    _OPS[_name] = getattr(torch.ops.ferkd, f"loss_{_name}").default
 torch.library.register_fake("ferkd::scale_", lambda grad, upstream: None, lib=_library)
 
 

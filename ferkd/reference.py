@@ -174,13 +174,14 @@ def loss(
     ids, probs = (labels, probs) if probs is not None else unpack(labels, codec, k, classes)
     if logits.device.type == "cpu" or validate:
         check_data(ids, probs, target, partner, lam, classes)
-    # Where nobody checks (a GPU without validate=True) a wrong id must not reach memory: it makes its row NaN instead.
+    # Where nobody checks (a GPU without validate=True) a wrong id or partner must not reach memory: it makes its row NaN instead.
     astray = ((ids < 0) | (ids >= classes)).any(dim=1) | (target < 0) | (target >= classes)
     ids, target = ids.clamp(0, classes - 1), target.clamp(0, classes - 1)
 
     label = adapt(ids, probs, target, classes=classes, policy=policy, temperature=temperature, tail=tail)
     label = label._replace(mass=torch.where(astray & (label.mass != 0), torch.nan, label.mass))
     if partner is not None and lam is not None:
+        lam = torch.where((partner < 0) | (partner >= len(partner)), torch.nan, lam)
         label = mixed(label, partner.clamp(0, max(len(partner) - 1, 0)), lam)
 
     z = logits.double() / temperature

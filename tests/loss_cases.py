@@ -14,7 +14,11 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _WHY_NO_CPU = ops.why_not("cpu", "cpu")
 CPU = pytest.param("cpu", marks=pytest.mark.skipif(_WHY_NO_CPU is not None, reason=str(_WHY_NO_CPU)))
-IMPLS = ("reference", CPU)
+# On a machine without a GPU Triton's own interpreter runs the kernels (tests/conftest.py switches it on).
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_WHY_NO_TRITON = ops.why_not("triton", DEVICE)
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(_WHY_NO_TRITON is not None, reason=str(_WHY_NO_TRITON)))
+IMPLS = ("reference", CPU, TRITON)
 
 # Everything a row can be, at once: about a tenth each discarded (below and above) and calibrated, the rest kept.
 POLICY = RegionPolicy(discard_below=0.2, calibrate_below=0.4, discard_above=0.98)
