@@ -12,8 +12,10 @@
 
 #if defined(__CUDACC__)
 #define FERKD_HD __host__ __device__ inline
+#define FERKD_ROLLED _Pragma("unroll 1")  // k is small and not known: unrolled, a loop over the pairs takes registers and gains nothing
 #else
 #define FERKD_HD inline
+#define FERKD_ROLLED
 #endif
 
 namespace ferkd {
@@ -44,6 +46,7 @@ struct Label {
 struct Alone {
   template <typename F>
   FERKD_HD void each(int n, F f) const {
+    FERKD_ROLLED
     for (int j = 0; j < n; ++j) f(j);
   }
   FERKD_HD bool is_first() const { return true; }
@@ -154,6 +157,7 @@ template <typename F>
 FERKD_HD void each_pair(const LabelJob& job, int64_t b, F f) {
   const int k = job.k;
   if (job.codec == Codec::PAIRS) {
+    FERKD_ROLLED
     for (int j = 0; j < k; ++j) {
       const int64_t at = b * k + j;
       if (job.probs_are_double) {
@@ -166,6 +170,7 @@ FERKD_HD void each_pair(const LabelJob& job, int64_t b, F f) {
   }
   const uint32_t* words = job.words + b * job.width;
   float left = 1.0f;
+  FERKD_ROLLED
   for (int j = 0; j < k; ++j) {
     if (job.codec == Codec::HALF) {
       int64_t id;
@@ -258,6 +263,7 @@ FERKD_HD Label adapt_label(const Team& team, const Id* ids, const Stored* probs,
                            const Policy& policy, double temperature, bool renorm, int32_t* out_ids, double* deltas) {
   const Label discarded{0, 0, 0, DISCARDED};
   Summary<P> label;
+  FERKD_ROLLED
   for (int j = 0; j < k; ++j) label.add(int64_t(ids[j]), P(probs[j]), target);
   team.sync();
   const Region region = region_of(label, k, classes, policy);
@@ -293,6 +299,7 @@ FERKD_HD Label adapt_label(const Team& team, const Id* ids, const Stored* probs,
       team.each(k, [&](int j) { deltas[j] = double(std::pow(Power(deltas[j] / largest), power)); });
       beta = double(std::pow(Power(beta / largest), power));
       double total = others * beta;
+      FERKD_ROLLED
       for (int j = 0; j < k; ++j) total += deltas[j];
       team.sync();
       team.each(k, [&](int j) { deltas[j] /= total; });
@@ -300,6 +307,7 @@ FERKD_HD Label adapt_label(const Team& team, const Id* ids, const Stored* probs,
     }
   }
   double mass = others * beta;
+  FERKD_ROLLED
   for (int j = 0; j < k; ++j) mass += deltas[j];
   team.sync();
   team.each(k, [&](int j) { deltas[j] -= beta; });

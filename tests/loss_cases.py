@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cuda_on_cpu
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,12 @@ CPU = pytest.param("cpu", marks=pytest.mark.skipif(_WHY_NO_CPU is not None, reas
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _WHY_NO_TRITON = ops.why_not("triton", DEVICE)
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(_WHY_NO_TRITON is not None, reason=str(_WHY_NO_TRITON)))
-IMPLS = ("reference", CPU, TRITON)
+# And the CUDA kernels' source runs on fibers (tests/cuda_on_cpu.py).
+_WHY_NO_CUDA = ops.why_not("cuda", "cuda") if DEVICE == "cuda" else cuda_on_cpu.load()
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(_WHY_NO_CUDA is not None, reason=str(_WHY_NO_CUDA)))
+IMPLS = ("reference", CPU, TRITON, CUDA)
+FLOAT64_IMPLS = ("reference", CPU)
+ON_GPU = ("triton", "cuda")  # float32, bfloat16 and float16; there data are checked under validate=True alone
 
 # Everything a row can be, at once: about a tenth each discarded (below and above) and calibrated, the rest kept.
 POLICY = RegionPolicy(discard_below=0.2, calibrate_below=0.4, discard_above=0.98)

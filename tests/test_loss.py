@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import DTYPES, IMPLS, POLICY, OpsRun, assert_close, dense_label, labels, logits, oracle
+from loss_cases import DTYPES, IMPLS, ON_GPU, POLICY, OpsRun, assert_close, dense_label, labels, logits, oracle
 
 from ferkd import FerKDLoss, Records, Region, RegionPolicy, ferkd_loss, ops
 from ferkd.loss import label_mass
@@ -102,9 +102,9 @@ def test_a_damaged_record_is_refused_not_read_beyond_the_logits(impl):
     words = torch.from_numpy(pack_labels(torch.tensor([[3]]).numpy(), torch.tensor([[0.5]]).numpy(), "half", 10).view("int32"))
     x = logits(1, 10)
     with pytest.raises(ValueError, match=r"labels: class id 2563 in row 0; the logits have 10 classes"):
-        ferkd_loss(x, Records(words | 2560, "half", 1, 10), torch.tensor([0]), impl=impl)
+        ferkd_loss(x, Records(words | 2560, "half", 1, 10), torch.tensor([0]), impl=impl, validate=True)
     with pytest.raises(ValueError, match=r"labels: probability -0\.5.* in row 0"):
-        ferkd_loss(x, Records(words | -(2**31), "half", 1, 10), torch.tensor([0]), impl=impl)
+        ferkd_loss(x, Records(words | -(2**31), "half", 1, 10), torch.tensor([0]), impl=impl, validate=True)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -179,6 +179,8 @@ def test_repeated_ids_add_up(impl):
     probs = torch.tensor([[0.5, 0.2, 0.1], [0.3, 0.3, 0.3]])
     target = torch.tensor([4, 2])
     for dtype in DTYPES:
+        if dtype == torch.float64 and impl in ON_GPU:
+            continue
         x = logits(2, 12, dtype)
         for policy in (RegionPolicy(), RegionPolicy(discard_above=0.65, confidence="target")):  # 0.7 and 0.9 as sums: both discarded
             expected = oracle(x, ids, probs, target, policy=policy)
@@ -309,8 +311,9 @@ def test_rows_may_be_strided(dtype, impl):
     for view in (wide[:, 3:103], x.t().contiguous().t(), x[:1].expand(6, 100)):
         at = expected if torch.equal(view, x) else loss_and_gradient(view.contiguous(), (ids, probs), target, impl=impl)
         found = loss_and_gradient(view, (ids, probs), target, impl=impl)
-        assert torch.equal(found[0], at[0])
-        assert torch.equal(found[1], at[1])
+        # On a GPU a row's alignment decides which thread adds up which classes.
+        tolerance = {"rtol": {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}.get(dtype, 2e-6), "atol": 1e-7} if impl in ON_GPU else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(found, at, **tolerance)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
