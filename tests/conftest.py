@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -9,10 +10,22 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(config, items):
-    """The kernels for GPUs know no float64 logits: no test of a grid of backends and dtypes has that case (a test of its own has the refusal)."""
-    impossible = [
-        item
-        for item in items
-        if hasattr(item, "callspec") and item.callspec.params.get("dtype") == torch.float64 and item.callspec.params.get("impl") in ("triton", "cuda")
-    ]
-    items[:] = [item for item in items if item not in impossible]
+    """The kernels for GPUs know no float64 logits: a grid of backends and dtypes has no such case (that they refuse it has its own test)."""
+
+    def is_possible(item):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        return params.get("dtype") != torch.float64 or params.get("impl") not in ("triton", "cuda")
+
+    items[:] = [item for item in items if is_possible(item)]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_gpu(request):
+    """Tests of the GPU's backends make their tensors on the GPU, where there is one."""
+    impl = request.node.callspec.params.get("impl") if hasattr(request.node, "callspec") else None
+    if not torch.cuda.is_available() or impl not in ("triton", "cuda"):
+        yield
+        return
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)

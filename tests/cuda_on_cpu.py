@@ -1,4 +1,4 @@
-"""The CUDA kernels' own source, compiled for the CPU over tests/simt_emulated.h, as the implementation of ferkd::loss_cuda on CPU tensors."""
+"""The CUDA kernels' own source, compiled for the CPU over tests/simt_emulated.h: an implementation of ferkd::loss_cuda on CPU tensors."""
 
 from __future__ import annotations
 
