@@ -233,27 +233,24 @@ __device__ Label add_label(const LabelJob& job, int64_t row, double weight, Warp
   return label;
 }
 
-// The whole label of row b, by one warp; ends with a meeting of it. Never inlined: its many registers would be the logits kernel's.
+// The whole label of row b, by one warp; ends with a meeting of it.
 template <typename P>
-__device__ FERKD_NOINLINE void make_row_label(const LossJob& job, int64_t b, WarpTeam team, RowLabel& to) {
+__device__ void make_row_label(const LossJob& job, int64_t b, WarpTeam team, RowLabel& to) {
   const Shares shares = shares_of(job.labels, b);
   double mass = 0, base = 0;
   int count = 0;
   Region region = DISCARDED;
-  if (shares.own != 0 || job.region != nullptr) {
-    const Label own = add_label<P>(job.labels, b, shares.own, team, to, 0);
-    region = own.region;
-    if (shares.own != 0) {
-      mass = shares.own * own.mass;
-      base = shares.own * own.base;
-      count = own.count;
-    }
-  }
-  if (shares.other != 0) {
-    const Label other = add_label<P>(job.labels, shares.partner, shares.other, team, to, count);
-    mass += shares.other * other.mass;
-    base += shares.other * other.base;
-    count += other.count;
+  FERKD_ROLLED
+  for (int s = 0; s < 2; ++s) {
+    const double weight = s == 0 ? shares.own : shares.other;
+    const bool asks_region = s == 0 && job.region != nullptr;
+    if (weight == 0 && !asks_region) continue;
+    const Label label = add_label<P>(job.labels, s == 0 ? b : shares.partner, weight, team, to, count);
+    region = s == 0 ? label.region : region;
+    if (weight == 0) continue;  // a zero-weight term is skipped, never multiplied: the logit may be inf
+    mass += weight * label.mass;
+    base += weight * label.base;
+    count += label.count;
   }
   if (team.is_first()) {
     to.mass = mass;
@@ -267,22 +264,22 @@ __device__ FERKD_NOINLINE void make_row_label(const LossJob& job, int64_t b, War
 }
 
 // What multiplies a row's loss and gradient, by one warp: the partial sums of S are added in the same order everywhere.
-__device__ FERKD_NOINLINE void make_scales(const LossJob& job, WarpTeam team, RowLabel& to) {
+__device__ void make_scales(const LossJob& job, WarpTeam team, RowLabel& to) {
   double scale = job.scale;
   if (job.reduction == Reduction::MEAN) {
     double total = 0;
     if (job.normalizer != nullptr) {
       total = double(*job.normalizer);
     } else {
-      for (int part = team.lane; part < job.mass_parts; part += LANES) total += job.workspace->mass[part];
+#pragma unroll
+      for (int part = team.lane; part < MASS_PARTS; part += LANES) total += part < job.mass_parts ? job.workspace->mass[part] : 0.0;
       total = sum_of_warp(total);
     }
     scale = total == 0.0 ? 0.0 : scale / total;  // every row discarded: 0, never 0/0
   }
   if (team.is_first()) {
     to.loss_scale = scale;
-    to.grad_scale = scale / job.temperature * (job.upstream != nullptr ? double(*job.upstream) : 1.0);
-    to.loss = 0;
+    to.grad_scale = scale * job.inverse_temperature * (job.upstream != nullptr ? double(*job.upstream) : 1.0);
   }
   simt::sync_warp();
 }
@@ -442,7 +439,7 @@ __device__ void gather_logits(const LossJob& job, int64_t b, WarpTeam team, RowL
 }
 
 // The loss and the statistics of row b, added up and written by one warp.
-__device__ FERKD_NOINLINE void finish_row(const LossJob& job, int64_t b, WarpTeam team, RowLabel& label) {
+__device__ void finish_row(const LossJob& job, int64_t b, WarpTeam team, RowLabel& label) {
   const Partial whole = label.whole;
   // A row of -inf alone is NaN.
   const float log_sum = whole.largest == -INFINITY ? NAN : log1pf(whole.rest + float(whole.at_largest - 1));
@@ -454,8 +451,8 @@ __device__ FERKD_NOINLINE void finish_row(const LossJob& job, int64_t b, WarpTea
   pairs = sum_of_warp(pairs);
   double loss = 0;
   if (label.mass != 0) {
-    loss = label.mass * double(log_sum) - pairs / job.temperature;
-    if (label.base != 0) loss -= label.base * (double(whole.sum_d) / job.temperature);
+    loss = label.mass * double(log_sum) - pairs * job.inverse_temperature;
+    if (label.base != 0) loss -= label.base * (double(whole.sum_d) * job.inverse_temperature);
     loss *= label.loss_scale;
   }
   if (team.is_first()) {
@@ -464,7 +461,7 @@ __device__ FERKD_NOINLINE void finish_row(const LossJob& job, int64_t b, WarpTea
     if (job.region != nullptr) {
       job.region[b] = label.region;
       job.correct[b] = whole.flags == HIT && !isnan(log_sum);  // the lowest id wins a tie
-      job.logsumexp[b] = float(double(whole.largest) / job.temperature + double(log_sum));
+      job.logsumexp[b] = float(double(whole.largest) * job.inverse_temperature + double(log_sum));
     }
   }
   simt::sync_warp();  // the next row's label may take this one's place
@@ -473,7 +470,7 @@ __device__ FERKD_NOINLINE void finish_row(const LossJob& job, int64_t b, WarpTea
 // The gradient at the pairs' ids of this block's part, each written once with the total of all pairs that share its id: formed in float64,
 // since on a confident row it is a small difference, and rounded once. After a meeting that orders it behind the dense part.
 template <typename T>
-__device__ FERKD_NOINLINE void write_pairs(const LossJob& job, int64_t b, int rank, int blocks, float slope, WarpTeam team,
+__device__ void write_pairs(const LossJob& job, int64_t b, int rank, int blocks, WarpTeam team,
                                            const RowLabel& label) {
   if (label.mass == 0) return;
   const Partial whole = label.whole;
@@ -486,7 +483,7 @@ __device__ FERKD_NOINLINE void write_pairs(const LossJob& job, int64_t b, int ra
     double total = 0;
     FERKD_ROLLED
     for (int l = 0; l < label.count; ++l) total += label.ids[l] == id ? label.deltas[l] : 0.0;
-    const double e = double(simt::exp2_approximate((label.logits[j] - whole.largest) * slope));
+    const double e = double(simt::exp2_approximate((label.logits[j] - whole.largest) * job.slope));
     T::put(span.grad[id], float((e * softmax - label.base - total) * label.grad_scale));
   }
 }
@@ -529,7 +526,7 @@ __device__ void make_label(const LossJob& job, int64_t b, WarpTeam team, RowLabe
 
 // A warp a row.
 template <typename T, int VECTORS>
-__global__ void __launch_bounds__(ROWS_A_BLOCK* LANES, 4) rows_by_warp(const FERKD_GRID_CONSTANT LossJob job) {
+__global__ void __launch_bounds__(ROWS_A_BLOCK* LANES, 4) rows_by_warp(const LossJob job) {
   struct Shared {
     RowLabel label[ROWS_A_BLOCK];
     double of_warp[ROWS_A_BLOCK];
@@ -539,21 +536,23 @@ __global__ void __launch_bounds__(ROWS_A_BLOCK* LANES, 4) rows_by_warp(const FER
   const int warp = simt::thread_index() / LANES;
   const WarpTeam team{simt::thread_index() % LANES};
   RowLabel& label = shared.label[warp];
-  const float slope = float(1.4426950408889634 / job.temperature);  // 1 / (T ln 2)
-  make_scales(job, team, label);
 
+  if (team.is_first()) label.loss = 0;
+  bool has_scales = false;
   for (int64_t b = simt::block_index() * ROWS_A_BLOCK + warp; b < job.rows; b += simt::grid_blocks() * ROWS_A_BLOCK) {
     const Span<T> span(job, b, 0, 1);
     Registers<T, VECTORS> x;
     load_row<false>(x, span, 0, team.lane, LANES);
-    make_label(job, b, team, label);  // while the logits are on their way
+    if (!has_scales) make_scales(job, team, label);  // while the logits are on their way
+    has_scales = true;
+    make_label(job, b, team, label);
     gather_logits<T>(job, b, team, label);
-    const Partial p = partial_of(x, span, 0, team.lane, LANES, slope, target_of(job, b));
-    const Partial whole = merged_in_warp(p, slope);
+    const Partial p = partial_of(x, span, 0, team.lane, LANES, job.slope, target_of(job, b));
+    const Partial whole = merged_in_warp(p, job.slope);
     if (team.is_first()) label.whole = whole;
-    if (span.grad != nullptr) write_row(x, span, 0, team.lane, LANES, slope, p, whole, label);
+    if (span.grad != nullptr) write_row(x, span, 0, team.lane, LANES, job.slope, p, whole, label);
     simt::sync_warp();  // the dense gradient is written
-    if (job.grad != nullptr) write_pairs<T>(job, b, 0, 1, slope, team, label);
+    if (job.grad != nullptr) write_pairs<T>(job, b, 0, 1, team, label);
     finish_row(job, b, team, label);
   }
   simt::sync_block();
@@ -580,7 +579,7 @@ __device__ Partial merged_in_row(const BlockShared& shared, int warps, int block
 }
 
 template <typename T, int VECTORS, bool READS_TWICE>
-__device__ void logits_warps(const LossJob& job, BlockShared& shared, float slope) {
+__device__ void logits_warps(const LossJob& job, BlockShared& shared) {
   const int thread = simt::thread_index(), threads = simt::block_threads() - LANES;
   const int blocks = simt::cluster_blocks(), rank = simt::cluster_rank();
   const int step = VECTORS * threads;
@@ -592,20 +591,20 @@ __device__ void logits_warps(const LossJob& job, BlockShared& shared, float slop
     int begin = span.first;
     do {
       load_row<READS_TWICE>(x, span, begin, thread, threads);
-      const Partial here = partial_of(x, span, begin, thread, threads, slope, target_of(job, b));
+      const Partial here = partial_of(x, span, begin, thread, threads, job.slope, target_of(job, b));
       if constexpr (!READS_TWICE) {
         p = here;
         break;
       }
-      p = merged(p, here, slope);
+      p = merged(p, here, job.slope);
       begin += step;
     } while (begin < span.last);
 
-    const Partial of_warp = merged_in_warp(p, slope);
+    const Partial of_warp = merged_in_warp(p, job.slope);
     if (thread % LANES == 0) shared.of_warp[thread / LANES] = of_warp;
     simt::sync_block();
     if (blocks > 1) simt::sync_cluster();
-    const Partial whole = merged_in_row(shared, threads / LANES, blocks, turn, thread % LANES, slope);
+    const Partial whole = merged_in_row(shared, threads / LANES, blocks, turn, thread % LANES, job.slope);
     turn = 1 - turn;
 
     if (span.grad != nullptr) {
@@ -613,9 +612,9 @@ __device__ void logits_warps(const LossJob& job, BlockShared& shared, float slop
       do {
         if constexpr (READS_TWICE) {
           load_row<false>(x, span, begin, thread, threads);
-          p = partial_of(x, span, begin, thread, threads, slope, -1);
+          p = partial_of(x, span, begin, thread, threads, job.slope, -1);
         }
-        write_row(x, span, begin, thread, threads, slope, p, whole, shared.label);
+        write_row(x, span, begin, thread, threads, job.slope, p, whole, shared.label);
         begin += step;
       } while (READS_TWICE && begin < span.last);
     }
@@ -624,9 +623,10 @@ __device__ void logits_warps(const LossJob& job, BlockShared& shared, float slop
 }
 
 template <typename T>
-__device__ FERKD_NOINLINE void label_warp(const LossJob& job, BlockShared& shared, float slope) {
+__device__ void label_warp(const LossJob& job, BlockShared& shared) {
   const WarpTeam team{simt::thread_index() % LANES};
   const int blocks = simt::cluster_blocks(), rank = simt::cluster_rank();
+  if (team.is_first()) shared.label.loss = 0;
   make_scales(job, team, shared.label);
   int turn = 0;
   for (int64_t b = simt::block_index() / blocks; b < job.rows; b += simt::grid_blocks() / blocks) {
@@ -635,28 +635,27 @@ __device__ FERKD_NOINLINE void label_warp(const LossJob& job, BlockShared& share
     simt::sync_block();
     const int warps = simt::block_threads() / LANES - 1;
     if (blocks > 1) {
-      const Partial of_block = merged_in_row(shared, warps, 1, 0, team.lane, slope);
+      const Partial of_block = merged_in_row(shared, warps, 1, 0, team.lane, job.slope);
       if (team.lane < blocks) simt::in_block(&shared, team.lane)->of_block[turn][rank] = of_block;
       simt::sync_cluster();
     }
-    const Partial whole = merged_in_row(shared, warps, blocks, turn, team.lane, slope);
+    const Partial whole = merged_in_row(shared, warps, blocks, turn, team.lane, job.slope);
     if (team.is_first()) shared.label.whole = whole;
     turn = 1 - turn;
     simt::sync_block();  // the dense gradient is written
-    if (job.grad != nullptr) write_pairs<T>(job, b, rank, blocks, slope, team, shared.label);
+    if (job.grad != nullptr) write_pairs<T>(job, b, rank, blocks, team, shared.label);
     finish_row(job, b, team, shared.label);
   }
 }
 
 template <typename T, int VECTORS, int THREADS, bool READS_TWICE>
-__global__ void __launch_bounds__(THREADS, THREADS == SMALL_THREADS ? 2 : 1) rows_by_block(const FERKD_GRID_CONSTANT LossJob job) {
+__global__ void __launch_bounds__(THREADS, THREADS == SMALL_THREADS ? 2 : 1) rows_by_block(const LossJob job) {
   FERKD_SHARED(BlockShared, shared);
-  const float slope = float(1.4426950408889634 / job.temperature);  // 1 / (T ln 2)
   if (simt::cluster_blocks() > 1) simt::sync_cluster();              // every block is there before another writes to it
   if (simt::thread_index() >= simt::block_threads() - LANES) {
-    label_warp<T>(job, shared, slope);
+    label_warp<T>(job, shared);
   } else {
-    logits_warps<T, VECTORS, READS_TWICE>(job, shared, slope);
+    logits_warps<T, VECTORS, READS_TWICE>(job, shared);
   }
   if (simt::cluster_rank() != 0) return;
   simt::sync_block();
@@ -668,7 +667,7 @@ __global__ void __launch_bounds__(THREADS, THREADS == SMALL_THREADS ? 2 : 1) row
 constexpr int MASS_THREADS = 128;
 
 // Sum S in parts, before the logits kernel, which needs the whole for its gradient; and the ticket at 0.
-__global__ void __launch_bounds__(MASS_THREADS) sum_masses(const FERKD_GRID_CONSTANT LossJob job) {
+__global__ void __launch_bounds__(MASS_THREADS) sum_masses(const LossJob job) {
   struct Shared {
     double of_warp[MASS_THREADS / LANES];
   };
@@ -815,6 +814,8 @@ int run_loss(LossJob job, Dtype dtype, simt::Stream stream) {
     if (job.reduction != Reduction::NONE) simt::zero(job.loss, sizeof(float), stream);
     return launches;
   }
+  job.inverse_temperature = 1.0 / job.temperature;
+  job.slope = float(1.4426950408889634 / job.temperature);
   const Plan plan = plan_for(dtype, job.classes, compiled_architecture());
   const int64_t rows_a_block = plan.by_warp ? ROWS_A_BLOCK : 1;
   job.loss_parts = std::min((job.rows + rows_a_block - 1) / rows_a_block, LOSS_PARTS);

@@ -37,8 +37,11 @@ struct LossJob {
   bool* correct;        // [B], or null without stats
   float* logsumexp;     // [B], or null without stats
   Workspace* workspace;  // or null for NONE
-  int mass_parts;       // set by run_loss
-  int64_t loss_parts;   // set by run_loss
+  // Set by run_loss:
+  double inverse_temperature;  // 1 / T
+  float slope;                 // 1 / (T ln 2)
+  int mass_parts;
+  int64_t loss_parts;
 };
 
 // How the logits kernel is laid out over a row: set by the dtype and C alone.

@@ -20,8 +20,6 @@
 
 #include <cstdint>
 
-#define FERKD_NOINLINE __noinline__
-#define FERKD_GRID_CONSTANT __grid_constant__  // a parameter whose address may be handed on
 #define FERKD_SHARED(Type, name) __shared__ Type name  // one object a block, not constructed
 
 namespace ferkd::simt {

@@ -23,8 +23,6 @@
 #define __host__
 #define __global__ static
 #define __launch_bounds__(...)
-#define FERKD_NOINLINE
-#define FERKD_GRID_CONSTANT
 #define FERKD_SHARED(Type, name) Type& name = *static_cast<Type*>(::ferkd::simt::shared_memory(sizeof(Type)))
 
 namespace ferkd::simt {
