@@ -62,8 +62,9 @@ inline LabelJob label_job(const Tensor& labels, const std::optional<Tensor>& pro
   job.lam = lam ? lam->const_data_ptr<float>() : nullptr;
   job.rows = labels.size(0);
   job.classes = classes;
-  job.policy = {discard_below, calibrate_below, discard_above, smoothing, confidence == "target"};
+  job.policy = {discard_below, calibrate_below, discard_above, smoothing, smoothing / double(classes - 1), confidence == "target"};
   job.temperature = temperature;
+  job.exponent = 1.0 / temperature;
   job.renorm = tail == "renorm";
   return job;
 }

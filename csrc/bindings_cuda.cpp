@@ -115,7 +115,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_cuda(
   job.row_stride = logits.stride(0);
   job.rows = B;
   job.classes = C;
-  job.temperature = temperature;
   job.scale = tau_squared ? temperature * temperature : 1.0;
   job.reduction = reduction == "mean" ? Reduction::MEAN : reduction == "sum" ? Reduction::SUM : Reduction::NONE;
   job.normalizer = scalar_of(normalizer);

@@ -32,6 +32,7 @@ enum class Fault : uint8_t { NONE, ID, PROBABILITY, TARGET, PARTNER, LAM };
 
 struct Policy {
   double discard_below, calibrate_below, discard_above, smoothing;
+  double even;     // smoothing / (C - 1)
   bool by_target;  // confidence `target`; otherwise `max`
 };
 
@@ -149,6 +150,7 @@ struct LabelJob {
   int64_t rows, classes;
   Policy policy;
   double temperature;
+  double exponent;         // 1 / T
   bool renorm;
 };
 
@@ -246,21 +248,21 @@ FERKD_HD Region region_of(const Summary<P>& label, int k, int64_t classes, const
 
 // S of a label: what adapt_label's increments and base sum to. Tempering renormalises to 1 whatever is not nothing.
 template <typename P>
-FERKD_HD double mass_of(const Summary<P>& label, int k, int64_t classes, const Policy& policy, double temperature, bool renorm) {
+FERKD_HD double mass_of(const Summary<P>& label, int k, int64_t classes, const Policy& policy, double exponent, bool renorm) {
   const Region region = region_of(label, k, classes, policy);
   if (region != KEPT) return region == CALIBRATED ? 1.0 : 0.0;
   if (renorm) return label.exact > 0 ? 1.0 : 0.0;
   const double mass = classes > k && label.exact < 1.0 ? 1.0 : label.exact;
-  return temperature != 1.0 && mass > 0 ? 1.0 : mass;
+  return exponent != 1.0 && mass > 0 ? 1.0 : mass;
 }
 
-// The label of one crop under a policy, at temperature T: ids and increments go to out_ids and deltas (room for k; they may be ids and
+// The label of one crop under a policy, at temperature T, exponent = 1 / T: ids and increments go to out_ids and deltas (room for k; they may be ids and
 // probs themselves). In float64: a confident teacher's 1 - sum cancels, and so does its gradient against the student's softmax. P is the
 // probabilities' own precision, Stored what they lie in. Only the powers are taken in A, and for float64 probabilities in float64:
 // 1e-60 to the power 1/20 is 1e-3, in float32 it would be 0.
 template <typename A, typename P, typename Team, typename Id, typename Stored>
 FERKD_HD Label adapt_label(const Team& team, const Id* ids, const Stored* probs, int k, int64_t target, int64_t classes,
-                           const Policy& policy, double temperature, bool renorm, int32_t* out_ids, double* deltas) {
+                           const Policy& policy, double exponent, bool renorm, int32_t* out_ids, double* deltas) {
   const Label discarded{0, 0, 0, DISCARDED};
   Summary<P> label;
   FERKD_ROLLED
@@ -269,13 +271,12 @@ FERKD_HD Label adapt_label(const Team& team, const Id* ids, const Stored* probs,
   const Region region = region_of(label, k, classes, policy);
   if (region == DISCARDED) return discarded;
   if (region == CALIBRATED) {  // the softened ground truth; not tempered
-    const double beta = policy.smoothing / double(classes - 1);
     if (team.is_first()) {
       out_ids[0] = int32_t(target);
-      deltas[0] = 1.0 - policy.smoothing - beta;
+      deltas[0] = 1.0 - policy.smoothing - policy.even;
     }
     team.sync();
-    return {1.0, beta, 1, CALIBRATED};
+    return {1.0, policy.even, 1, CALIBRATED};
   }
   const double others = double(classes - k);
   double beta = 0;
@@ -290,12 +291,12 @@ FERKD_HD Label adapt_label(const Team& team, const Id* ids, const Stored* probs,
     out_ids[j] = int32_t(ids[j]);
     deltas[j] = double(P(probs[j])) * scale;  // v_j
   });
-  if (temperature != 1.0) {  // (v / m)^(1/T), and the tail as C - K equal classes; renormalised
+  if (exponent != 1.0) {  // (v / m)^(1/T), and the tail as C - K equal classes; renormalised
     double largest = double(label.largest) * scale;
     largest = beta > largest ? beta : largest;
     if (largest > 0) {
       using Power = decltype(A() * P());
-      const Power power = Power(1.0 / temperature);
+      const Power power = Power(exponent);
       team.each(k, [&](int j) { deltas[j] = double(std::pow(Power(deltas[j] / largest), power)); });
       beta = double(std::pow(Power(beta / largest), power));
       double total = others * beta;

@@ -557,7 +557,7 @@ void adapt_row(const LabelJob& job, const AdaptedLabels& out, int64_t b) {
       ids[j] = int32_t(id);
       deltas[j] = double(p);
     });
-    label = adapt_label<A, P>(Alone(), ids, deltas, job.k, job.target[b], job.classes, job.policy, job.temperature, job.renorm, ids, deltas);
+    label = adapt_label<A, P>(Alone(), ids, deltas, job.k, job.target[b], job.classes, job.policy, job.exponent, job.renorm, ids, deltas);
   }
   out.mass[b] = label.mass;
   out.base[b] = label.base;

@@ -22,7 +22,7 @@ constexpr int LANES = 32;
 constexpr int ROWS_A_BLOCK = 4;      // with a warp a row
 // With a block a row: the most threads of a block and the vectors a thread holds, so many that nothing spills.
 constexpr int SMALL_THREADS = 288, SMALL_VECTORS = 8;   // two blocks a multiprocessor: one loads while the other stores
-constexpr int LARGE_THREADS = 608, LARGE_VECTORS = 10;  // one
+constexpr int LARGE_THREADS = 512, LARGE_VECTORS = 12;  // one
 constexpr int MAX_CLUSTER = 8;       // what every GPU with clusters can do
 
 // ------------------------------------------------------------------------------------------------ elements
@@ -165,7 +165,7 @@ __device__ double own_mass(const LabelJob& job, int64_t b) {
   const int64_t target = within(job.target[b], job.classes, astray);
   Summary<P> label;
   each_pair(job, b, [&](int, int64_t id, auto p) { label.add(within(id, job.classes, astray), P(p), target); });
-  const double mass = mass_of(label, job.k, job.classes, job.policy, job.temperature, job.renorm);
+  const double mass = mass_of(label, job.k, job.classes, job.policy, job.exponent, job.renorm);
   return astray && mass != 0 ? double(NAN) : mass;
 }
 
@@ -227,7 +227,7 @@ __device__ Label add_label(const LabelJob& job, int64_t row, double weight, Warp
     }
     simt::sync_warp();
   }
-  Label label = adapt_label<float, P>(team, ids, deltas, k, target, job.classes, job.policy, job.temperature, job.renorm, ids, deltas);
+  Label label = adapt_label<float, P>(team, ids, deltas, k, target, job.classes, job.policy, job.exponent, job.renorm, ids, deltas);
   if (simt::any_in_warp(astray) && label.mass != 0) label.mass = double(NAN);
   team.each(label.count, [&](int j) { deltas[j] *= weight; });
   return label;
@@ -279,7 +279,7 @@ __device__ void make_scales(const LossJob& job, WarpTeam team, RowLabel& to) {
   }
   if (team.is_first()) {
     to.loss_scale = scale;
-    to.grad_scale = scale * job.inverse_temperature * (job.upstream != nullptr ? double(*job.upstream) : 1.0);
+    to.grad_scale = scale * job.labels.exponent * (job.upstream != nullptr ? double(*job.upstream) : 1.0);
   }
   simt::sync_warp();
 }
@@ -451,8 +451,8 @@ __device__ void finish_row(const LossJob& job, int64_t b, WarpTeam team, RowLabe
   pairs = sum_of_warp(pairs);
   double loss = 0;
   if (label.mass != 0) {
-    loss = label.mass * double(log_sum) - pairs * job.inverse_temperature;
-    if (label.base != 0) loss -= label.base * (double(whole.sum_d) * job.inverse_temperature);
+    loss = label.mass * double(log_sum) - pairs * job.labels.exponent;
+    if (label.base != 0) loss -= label.base * (double(whole.sum_d) * job.labels.exponent);
     loss *= label.loss_scale;
   }
   if (team.is_first()) {
@@ -461,7 +461,7 @@ __device__ void finish_row(const LossJob& job, int64_t b, WarpTeam team, RowLabe
     if (job.region != nullptr) {
       job.region[b] = label.region;
       job.correct[b] = whole.flags == HIT && !isnan(log_sum);  // the lowest id wins a tie
-      job.logsumexp[b] = float(double(whole.largest) * job.inverse_temperature + double(log_sum));
+      job.logsumexp[b] = float(double(whole.largest) * job.labels.exponent + double(log_sum));
     }
   }
   simt::sync_warp();  // the next row's label may take this one's place
@@ -526,7 +526,7 @@ __device__ void make_label(const LossJob& job, int64_t b, WarpTeam team, RowLabe
 
 // A warp a row.
 template <typename T, int VECTORS>
-__global__ void __launch_bounds__(ROWS_A_BLOCK* LANES, 4) rows_by_warp(const LossJob job) {
+__global__ void __launch_bounds__(ROWS_A_BLOCK* LANES, 3) rows_by_warp(const LossJob job) {
   struct Shared {
     RowLabel label[ROWS_A_BLOCK];
     double of_warp[ROWS_A_BLOCK];
@@ -667,6 +667,7 @@ __global__ void __launch_bounds__(THREADS, THREADS == SMALL_THREADS ? 2 : 1) row
 constexpr int MASS_THREADS = 128;
 
 // Sum S in parts, before the logits kernel, which needs the whole for its gradient; and the ticket at 0.
+template <typename P>
 __global__ void __launch_bounds__(MASS_THREADS) sum_masses(const LossJob job) {
   struct Shared {
     double of_warp[MASS_THREADS / LANES];
@@ -678,11 +679,12 @@ __global__ void __launch_bounds__(MASS_THREADS) sum_masses(const LossJob job) {
   if (job.reduction == Reduction::MEAN && job.normalizer == nullptr) {
     for (int64_t b = simt::block_index() * MASS_THREADS + thread; b < job.rows; b += simt::grid_blocks() * MASS_THREADS) {
       const Shares shares = shares_of(job.labels, b);
-      const auto mass = [&](int64_t row) {
-        return job.labels.probs_are_double ? own_mass<double>(job.labels, row) : own_mass<float>(job.labels, row);
-      };
-      if (shares.own != 0) total += shares.own * mass(b);
-      if (shares.other != 0) total += shares.other * mass(shares.partner);
+      FERKD_ROLLED
+      for (int s = 0; s < 2; ++s) {
+        const double weight = s == 0 ? shares.own : shares.other;
+        if (weight == 0) continue;
+        total += weight * own_mass<P>(job.labels, s == 0 ? b : shares.partner);
+      }
     }
   }
   total = sum_of_warp(total);
@@ -814,15 +816,15 @@ int run_loss(LossJob job, Dtype dtype, simt::Stream stream) {
     if (job.reduction != Reduction::NONE) simt::zero(job.loss, sizeof(float), stream);
     return launches;
   }
-  job.inverse_temperature = 1.0 / job.temperature;
-  job.slope = float(1.4426950408889634 / job.temperature);
+  job.slope = float(1.4426950408889634 / job.labels.temperature);
   const Plan plan = plan_for(dtype, job.classes, compiled_architecture());
   const int64_t rows_a_block = plan.by_warp ? ROWS_A_BLOCK : 1;
   job.loss_parts = std::min((job.rows + rows_a_block - 1) / rows_a_block, LOSS_PARTS);
   job.mass_parts = int(std::min<int64_t>((job.rows + MASS_THREADS - 1) / MASS_THREADS, MASS_PARTS));
   if (job.reduction != Reduction::NONE) {
     const bool needs_mass = job.reduction == Reduction::MEAN && job.normalizer == nullptr;
-    simt::launch(sum_masses, needs_mass ? job.mass_parts : 1, MASS_THREADS, 1, stream, job);
+    const auto kernel = job.labels.probs_are_double ? sum_masses<double> : sum_masses<float>;
+    simt::launch(kernel, needs_mass ? job.mass_parts : 1, MASS_THREADS, 1, stream, job);
     ++launches;
   }
   with_dtype(dtype, [&](auto type) { launch_logits_kernel<decltype(type)>(job, plan, job.loss_parts * plan.blocks_a_row, stream); });

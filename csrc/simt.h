@@ -24,6 +24,7 @@
 
 namespace ferkd::simt {
 
+constexpr bool EMULATED = false;
 constexpr unsigned ALL = 0xffffffffu;
 
 #if defined(__CUDACC__)  // bindings_cuda.cpp is the C++ compiler's
@@ -131,7 +132,7 @@ using Stream = cudaStream_t;
 
 inline Stream current_stream(int32_t device) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<Stream>(stream);
 }
 

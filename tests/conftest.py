@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(config, items):
-    """The kernels for GPUs know no float64 logits: a grid of backends and dtypes has no such case (that they refuse it has its own test)."""
+    """The kernels for GPUs know no float64 logits: a grid of backends and dtypes has no such case. (That they refuse it has a test.)"""
 
     def is_possible(item):
         params = item.callspec.params if hasattr(item, "callspec") else {}

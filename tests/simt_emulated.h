@@ -27,6 +27,8 @@
 
 namespace ferkd::simt {
 
+constexpr bool EMULATED = true;
+
 // ------------------------------------------------------------------------------------------------ fibers
 
 struct Meeting {
