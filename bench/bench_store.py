@@ -175,7 +175,7 @@ def main() -> None:
         print(f"\n{'bytes a crop':<30} {'record':>8} {'on disk, all':>14}")
         for kind, size in bytes_a_crop(folder, options.images):
             layout = LAYOUTS.get(kind.removeprefix("ferkd "))
-            print(f"{kind:<30} {crop_bytes(*layout, K, CLASSES) if layout else '':>8} {size:>14.1f}")  # type: ignore[arg-type]
+            print(f"{kind:<30} {crop_bytes(*layout, K, CLASSES) if layout else '':>8} {size:>14.1f}")
     out = Path(os.environ.get("OUT", Path(__file__).parent / "results"))
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "store.csv", "w", newline="") as file:

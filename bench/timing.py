@@ -117,7 +117,7 @@ def peak_bytes(call: Call, device: torch.device) -> int:
     del result
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     steps = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    return max(itertools.accumulate(steps, initial=0))
+    return int(max(itertools.accumulate(steps, initial=0)))
 
 
 def launches(call: Call) -> int:
