@@ -83,14 +83,14 @@ def liger_hard_labels() -> tuple[Baseline | None, str]:
     forward (`.item()` of the number of rows).
     """
     try:
-        from liger_kernel.transformers import LigerCrossEntropyLoss  # type: ignore[import-not-found, unused-ignore]
+        from liger_kernel.transformers.functional import liger_cross_entropy  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
         return None, f"not importable ({error})"
     if not torch.cuda.is_available():
         return None, "its kernels need a GPU"
 
     def liger(logits: Tensor, ids: Tensor, probs: Tensor, target: Tensor, policy: RegionPolicy) -> Tensor:
-        loss: Tensor = LigerCrossEntropyLoss(label_smoothing=policy.smoothing)(logits, target)
+        loss: Tensor = liger_cross_entropy(logits, target, label_smoothing=policy.smoothing)
         return loss
 
     return liger, ""

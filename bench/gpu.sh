@@ -10,9 +10,10 @@
 #   --dry  everything small and on the CPU: tries this script where there is no GPU
 #
 # PYTHON (default python3) is the interpreter whose torch is used. ferkd is built with it and installed in a virtual environment of its own,
-# build/gpu, which sees that interpreter's packages: nothing is installed outside this folder. At most eight files are written to
-# ${OUT:-bench/results}: a log of each stage, the tables and the picture. A stage that fails or outlasts its time is reported and does not
-# stop the others; the exit status is 1 then.
+# build/gpu, which sees that interpreter's packages: nothing is installed outside this folder. WHEELS is a folder of wheels for what the
+# machine lacks (liger-kernel for the loss's table, setuptools >= 80 for the build, hypothesis for some tests). At most eight files are
+# written to ${OUT:-bench/results}: a log of each stage, the tables and the picture. A stage that fails or outlasts its time is reported
+# and does not stop the others; the exit status is 1 then.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -36,7 +37,7 @@ OUT=$(mkdir -p "${OUT:-bench/results}" && cd "${OUT:-bench/results}" && pwd) || 
 PYTHON_HERE=build/gpu/bin/python
 export OUT PYTHON PYTHON_HERE
 export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-[ -z "$DRY" ] || export CUDA_VISIBLE_DEVICES=
+[ -z "$DRY" ] || export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 # one thread: shapes are tiny, and the machine may be busy
 if [ -z "$DRY" ] && ! "$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
     echo "bench/gpu.sh: the torch of $PYTHON sees no GPU; bench/gpu.sh --dry tries the script without one" >&2
     exit 2
@@ -81,7 +82,7 @@ facts() {
     date -u +%FT%TZ
     git log -1 --format='commit %h %s' 2>/dev/null
     uname -srm
-    echo "$(nproc) processors, $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)"
+    echo "$(nproc --all) processors, $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)"
     ! command -v nvidia-smi >/dev/null || nvidia-smi --query-gpu=name,memory.total,driver_version,clocks.sm,clocks.mem --format=csv,noheader
     "$PYTHON" - <<'PY'
 import importlib.metadata, sys, torch
@@ -108,6 +109,7 @@ build() {
     local into
     into=$("$PYTHON_HERE" -c 'import sysconfig; print(sysconfig.get_path("purelib"))') || return
     "$PYTHON" -c 'import sys; print(*(p for p in sys.path if p.endswith(("site-packages", "dist-packages"))), sep="\n")' >"$into/packages-of-python.pth"
+    [ -z "${WHEELS:-}" ] || "$PYTHON_HERE" -m pip install --no-index --no-deps "$WHEELS"/*.whl || return
     if [ -z "${TORCH_CUDA_ARCH_LIST:-}" ]; then
         TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability() if torch.cuda.is_available() else "")')
         [ -z "$TORCH_CUDA_ARCH_LIST" ] && unset TORCH_CUDA_ARCH_LIST || export TORCH_CUDA_ARCH_LIST
@@ -119,12 +121,19 @@ build() {
         FERKD_CUDA=0 "${install[@]}" || return
     fi
     # from another folder: the repository's root on sys.path would hide that the installation is at fault
-    (cd / && "$OLDPWD/$PYTHON_HERE" -c '
-import torch
+    (cd / && "$OLDPWD/$PYTHON_HERE" - <<'PY') || return
+import importlib, torch
 from ferkd import ops
-device = "cuda" if torch.cuda.is_available() else "cpu"
-for backend in ops.BACKENDS:
-    print(f"backend {backend} on {device}:", ops.why_not(backend, device) or "runs")') || return
+for module in "ferkd._C", "ferkd._C_cuda", "ferkd.kernels":
+    try:
+        importlib.import_module(module)
+        print(module, "loads")
+    except ImportError as error:
+        print(module, "is absent:", error)
+if torch.cuda.is_available():
+    for backend in "cuda", "triton":
+        print(f"backend {backend}:", ops.why_not(backend, "cuda") or "runs")
+PY
     return $status
 }
 
@@ -132,7 +141,7 @@ run_tests() {
     shopt -s nullglob
     local files=(tests/test_loss.py tests/test_ops.py tests/test_loss_input.py tests/test_triton_*.py tests/test_cuda_*.py) parallel=()
     # -o addopts=: without pytest-benchmark its options would be errors. A file that lacks a package fails alone.
-    if (($(nproc) >= 8)) && "$PYTHON_HERE" -c 'import xdist' 2>/dev/null; then parallel=(-n 6); fi
+    if (($(nproc --all) >= 8)) && "$PYTHON_HERE" -c 'import xdist' 2>/dev/null; then parallel=(-n 6); fi
     "$PYTHON_HERE" -m pytest -o addopts= -q -rfE --tb=short -p no:cacheprovider --continue-on-collection-errors --maxfail=30 "${parallel[@]}" "${files[@]}"
 }
 

@@ -70,8 +70,10 @@ def main() -> None:
     parser.add_argument("--impl", default="", help="the backend; else the first that runs here")
     settings = parser.parse_args()
     device = machine.device()
-    in_order: tuple[Impl, ...] = ("cuda", "triton", "reference") if device.type == "cuda" else ("cpu", "reference")
-    impl: Impl = settings.impl or next(impl for impl in in_order if ops.why_not(impl, device.type) is None)
+    candidates: tuple[Impl, ...] = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
+    impl: Impl | None = settings.impl or next((impl for impl in candidates if ops.why_not(impl, device.type) is None), None)
+    if impl is None:
+        raise SystemExit("; ".join(f"{impl}: {ops.why_not(impl, device.type)}" for impl in candidates))
 
     checked = 0
     for classes, dtype, setting in itertools.product(CLASSES, DTYPES, SETTINGS):

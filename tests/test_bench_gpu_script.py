@@ -18,9 +18,10 @@ def run(root, *arguments, **variables):
     return subprocess.run(["bash", "bench/gpu.sh", *arguments], cwd=root, env=environment, capture_output=True, text=True)
 
 
-@pytest.fixture
-def copied(tmp_path):
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
     """What the script needs of the repository, with the extensions that are built: it installs into its own folder."""
+    tmp_path = tmp_path_factory.mktemp("repository")
     for name in NEEDED:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
@@ -49,6 +50,13 @@ def test_a_failing_stage_is_named_and_the_others_run(copied):
     assert "planted" in ended.stdout
     assert "loss: FAILED with status 1" in ended.stdout
     assert "step: ok" in ended.stdout
+
+
+def test_a_stage_without_time_is_a_failure(tmp_path):
+    ended = run(ROOT, "--dry", LIMIT="7", OUT=str(tmp_path))
+    assert ended.returncode == 1
+    assert "build: FAILED: no time was left for it" in ended.stdout
+    assert "step: FAILED: no time was left for it" in ended.stdout
 
 
 def test_wrong_use_says_how_it_is_used():
