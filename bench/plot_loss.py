@@ -21,6 +21,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -46,9 +47,9 @@ MARKERS = {"triton": "^", "cuda": "s"}
 
 
 def most_shapes(rows: list[Row], column: str, over: str) -> str:
-    """The value of `column` with the most values of `over`; the larger number, then the earlier in the table, wins a tie."""
+    """The value of `column` with the most values of `over`; the earlier in the table wins a tie."""
     values = list(dict.fromkeys(row[column] for row in rows))
-    return max(values, key=lambda value: (len({row[over] for row in rows if row[column] == value}), float(value) if value.isdigit() else 0))
+    return max(values, key=lambda value: len({row[over] for row in rows if row[column] == value}))
 
 
 def lines(rows: list[Row], over: str) -> dict[tuple[str, str], list[Row]]:
@@ -88,8 +89,10 @@ def plot(path: Path) -> Path:
     batch, classes = most_shapes(table, "batch", "classes"), most_shapes(table, "classes", "batch")
 
     figure, axes = plt.subplots(2, 2, figsize=(12, 8), sharex="col", layout="constrained")
-    draw([row for row in table if row["batch"] == batch], (axes[0, 0], axes[1, 0]), "classes")
-    draw([row for row in table if row["classes"] == classes], (axes[0, 1], axes[1, 1]), "batch")
+    of_batch = [row for row in table if row["batch"] == batch]
+    of_classes = [row for row in table if row["classes"] == classes]
+    draw(of_batch, (axes[0, 0], axes[1, 0]), "classes")
+    draw(of_classes, (axes[0, 1], axes[1, 1]), "batch")
     axes[0, 0].set_title(f"{int(batch):,} rows")
     axes[0, 1].set_title(f"{int(classes):,} classes")
     axes[1, 0].set_xlabel("classes")
@@ -100,7 +103,15 @@ def plot(path: Path) -> Path:
         for axis in (above, below):
             axis.set_xscale("log")
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if axis is below else (1.0,)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
             axis.grid(True, which="major", alpha=0.4)
+    for axis, over, rows in ((axes[1, 0], "classes", of_batch), (axes[1, 1], "batch", of_classes)):
+        measured = sorted({int(row[over]) for row in rows})
+        apart = [at for i, at in enumerate(measured) if i == 0 or at > 1.2 * measured[i - 1]]  # 1,000 stands for 1,001 too
+        axis.set_xticks(apart, [f"{at:,}" for at in apart])
+        axis.xaxis.set_minor_locator(NullLocator())
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", frameon=False)
     facts = table[0]
