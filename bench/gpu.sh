@@ -142,7 +142,7 @@ run_tests() {
     local files=(tests/test_loss.py tests/test_ops.py tests/test_loss_input.py tests/test_triton_*.py tests/test_cuda_*.py) parallel=()
     # -o addopts=: without pytest-benchmark its options would be errors. A file that lacks a package fails alone.
     if (($(nproc --all) >= 8)) && "$PYTHON_HERE" -c 'import xdist' 2>/dev/null; then parallel=(-n 6); fi
-    "$PYTHON_HERE" -m pytest -o addopts= -q -rfE --tb=short -p no:cacheprovider --continue-on-collection-errors --maxfail=30 "${parallel[@]}" "${files[@]}"
+    "$PYTHON_HERE" -m pytest -o addopts= -q -rfE --tb=short -p no:cacheprovider --continue-on-collection-errors "${parallel[@]}" "${files[@]}"
 }
 
 # The four tools at the same time: most of each one's time is starting Python and torch.
