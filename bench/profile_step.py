@@ -149,7 +149,7 @@ def print_dearest(kernels: list[tuple[str, float]], count: int = 10) -> None:
         totals.setdefault(name, []).append(ms)
     whole = sum(ms for _, ms in kernels)
     for name, each in sorted(totals.items(), key=lambda item: -sum(item[1]))[:count]:
-        print(f"  {sum(each) / PROFILED:>9.4f} ms  {sum(each) / whole:>6.1%}  x{len(each) / PROFILED:<6g} {name[:110]}")
+        print(f"  {sum(each) / PROFILED:>9.4f} ms  {sum(each) / whole:>6.1%}  x{len(each) / PROFILED:<6g} {name[:80]}")
 
 
 def main() -> None:
