@@ -1,7 +1,8 @@
 """The torch.library operators: schemas, fakes, autograd and the choice of backend. The only file that knows backends.
 
 Every backend is one op of the same schema, so that a graph or a profile shows which one ran: `ferkd::loss_reference`,
-`ferkd::loss_cpu`, `ferkd::loss_triton`, `ferkd::loss_cuda`. The gradient is computed in the forward and kept for the backward, which multiplies it by the upstream gradient.
+`ferkd::loss_cpu`, `ferkd::loss_triton`, `ferkd::loss_cuda`. The gradient is computed in the forward and kept for the backward,
+which multiplies it by the upstream gradient.
 
     loss, grad, region, correct, logsumexp = torch.ops.ferkd.loss_cpu(logits, labels, probs, target, ...)
 

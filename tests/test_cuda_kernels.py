@@ -18,8 +18,9 @@ needs_gpu = pytest.mark.skipif(DEVICE != "cuda" or ops.why_not("cuda", "cuda") i
 
 # ---------------------------------------------------------------------------------------------- every layout of a row
 
-# Classes that reach every kernel, in float32 and in the half types: a warp a row with 1, 2, 4 and 8 vectors a lane; one small block with 4
-# and 8 vectors a thread; clusters of 2, 4 and 8 small blocks; 8 large ones; without clusters, one large block and the walk that reads twice.
+# Classes that reach every kernel, in float32 and in the half types: a warp a row with 1, 2, 4 and 8 vectors a lane; one small block with
+# 4 and 8 vectors a thread; clusters of 2, 4 and 8 small blocks; 8 large ones; without clusters, one large block and the walk that reads
+# twice.
 LAYOUTS = [100, 200, 500, 1000, 2001, 4000, 8000, 16001, 32000, 65003, 131000, 190001]
 WITHOUT_CLUSTERS = {"FERKD_SIMT_ARCHITECTURE": "80", "FERKD_SIMT_ORDER": "reversed"}
 
@@ -235,8 +236,9 @@ def test_logits_and_gradient_move_in_16_byte_vectors(compiled):
             continue
         seen += 1
         vectors, reads = int(layout[3]), 2 if "Lb1E" in name else 1
-        assert len(re.findall(r"LDG\.E\S*\.128", body)) == vectors * reads, name
-        assert len(re.findall(r"STG\.E\S*\.128", body)) == vectors, name
+        loads, stores = (len(re.findall(rf"{kind}\.E\S*\.128", body)) for kind in ("LDG", "STG"))
+        assert loads == vectors * reads, name
+        assert stores >= vectors, name  # some are there twice, on both sides of a branch
         assert not re.findall(r"\b(LDL|STL)\b", body), f"{name} uses local memory"
     assert seen == 24 * len(ARCHITECTURES)
 
