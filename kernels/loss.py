@@ -1,0 +1,238 @@
+"""The op `ferkd::loss_triton`: the loss in two launches, one over the labels and one over the logits.
+
+adapt_labels unpacks every label once, straight from the stored words, and adds up sum S, which a mean must know before it can write
+the first gradient. loss_rows then takes a row of logits a program; the last one to finish adds up the rows' losses. (A third launch for
+that sum would cost about as much as a whole pass over 1024 x 1000 logits.) Nothing waits for the device, no atomic adds floats, and
+nothing depends on which program finishes first, so that the answer is the same every time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ferkd import reference
+from ferkd.records import HALF_ID16_CLASSES, id_bits, share_grid
+
+from . import labels as label_kernels
+from . import rows as row_kernels
+
+ONE_BLOCK_CLASSES = 32_768
+"""Rows of up to this many classes are kept in registers between the sums and the gradient."""
+
+LOOP_BLOCK, LOOP_THREADS = 4096, 512
+"""Longer rows: elements of a step, and threads. 8 elements a thread, so that four programs share a multiprocessor and hide each
+other's waiting."""
+
+SHIFTED_CLASSES = 512
+"""Rows of fewer classes that are not aligned are read element by element: the edges would cost more than wide accesses save."""
+
+
+class Launch(NamedTuple):
+    """One kernel launch: `kernel[grid](**arguments, **options)`."""
+
+    kernel: Any
+    grid: int
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+def loss(
+    logits: Tensor,
+    labels: Tensor,
+    probs: Tensor | None,
+    target: Tensor,
+    partner: Tensor | None,
+    lam: Tensor | None,
+    normalizer: Tensor | None,
+    upstream: Tensor | None,
+    codec: str,
+    k: int,
+    discard_below: float,
+    calibrate_below: float,
+    discard_above: float,
+    smoothing: float,
+    confidence: str,
+    temperature: float,
+    tail: str,
+    reduction: str,
+    tau_squared: bool,
+    with_grad: bool,
+    stats: bool,
+    validate: bool,
+) -> reference.Answer:
+    """The op; ferkd.ops has the arguments. Float32, bfloat16 or float16 logits."""
+    rows, classes = logits.shape
+    if logits.device.type == "cpu" or validate:
+        ids, stored = (labels, probs) if probs is not None else reference.unpack(labels, codec, k, classes)
+        reference.check_data(ids, stored, target, partner, lam, classes)
+
+    counted = rows if stats else 0
+    answer = reference.Answer(
+        loss=logits.new_empty(rows if reduction == "none" else (), dtype=torch.float32),
+        grad=logits.new_empty((rows, classes) if with_grad else 0),
+        region=logits.new_empty(counted, dtype=torch.int8),
+        correct=logits.new_empty(counted, dtype=torch.bool),
+        logsumexp=logits.new_empty(counted, dtype=torch.float32),
+    )
+    if rows == 0:
+        answer.loss.zero_()
+        return answer
+    on_device = contextlib.nullcontext() if logits.device.type == "cpu" else torch.cuda.device(logits.device)
+    with on_device:
+        for launch in launches(
+            logits, labels, probs, target, partner, lam, normalizer, upstream, answer, codec, k,
+            (discard_below, calibrate_below, discard_above, smoothing), confidence, temperature, tail, reduction, tau_squared,
+            warp_size(logits.device),
+        ):  # fmt: skip
+            launch.kernel[(launch.grid,)](**launch.arguments, **launch.options)
+    return answer
+
+
+@lru_cache
+def warp_size(device: torch.device) -> int:
+    """Threads of a warp: 32 on NVIDIA's GPUs, 64 on AMD's data-centre ones."""
+    return 32 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).warp_size)  # cpu: Triton's interpreter
+
+
+def launches(
+    logits: Tensor,
+    labels: Tensor,
+    probs: Tensor | None,
+    target: Tensor,
+    partner: Tensor | None,
+    lam: Tensor | None,
+    normalizer: Tensor | None,
+    upstream: Tensor | None,
+    answer: reference.Answer,
+    codec: str,
+    k: int,
+    policy: tuple[float, float, float, float],
+    confidence: str,
+    temperature: float,
+    tail: str,
+    reduction: str,
+    tau_squared: bool,
+    warp: int,
+) -> tuple[Launch, Launch]:
+    """What computes `answer`, whose empty fields are not asked for; at least one row."""
+    rows, classes = logits.shape
+    double, single, integer = torch.float64, torch.float32, torch.int32
+    adapted = logits.new_empty((rows, 2 + k), dtype=double)
+    ids = logits.new_empty((rows, k), dtype=integer)
+    ticket = logits.new_empty((), dtype=integer)
+    adapters = min(label_kernels.PARTS, -(-rows // label_kernels.ROWS))
+    parts = logits.new_empty(adapters, dtype=double)
+    first_lowest, first_step, _ = share_grid(0, classes)
+    _, later_step, _ = share_grid(1, classes)
+    discard_below, calibrate_below, discard_above, smoothing = policy
+    over_labels = Launch(
+        label_kernels.adapt_labels,
+        adapters,
+        {
+            "labels": labels,
+            "probs": probs,
+            "target_of": target,
+            "partner": partner,
+            "lam": lam,
+            "adapted": adapted,
+            "ids": ids,
+            "region_out": answer.region if answer.region.numel() else None,
+            "parts": parts,
+            "ticket": ticket,
+            "rows": rows,
+            "k": k,
+            "width": labels.shape[1],
+            "classes": classes,
+            "id_bits": id_bits(classes),
+            "lowest": first_lowest,
+            "first_step": first_step,
+            "later_step": later_step,
+            "discard_below": discard_below,
+            "calibrate_below": calibrate_below,
+            "discard_above": discard_above,
+            "smoothing": smoothing,
+            "temperature": temperature,
+            "CODEC": _codec(codec, classes),
+            "DOUBLE": probs is not None and probs.dtype == torch.float64,
+            "BY_TARGET": confidence == "target",
+            "RENORM": tail == "renorm",
+            "ROWS": label_kernels.ROWS,
+        },
+        # Nothing is fused to multiply-adds: a decoded probability has the digits that every other decoder gives it.
+        {"num_warps": max(1, label_kernels.ROWS // warp), "enable_fp_fusion": False},
+    )
+
+    block, threads, is_one_block = block_of(classes)
+    is_mean = reduction == "mean" and normalizer is None
+    is_scalar = reduction != "none"
+    over_logits = Launch(
+        row_kernels.loss_rows,
+        rows,
+        {
+            "logits": logits,
+            "grad": answer.grad if answer.grad.numel() else None,
+            "adapted": adapted,
+            "ids": ids,
+            "target": target,
+            "partner": partner,
+            "lam": lam,
+            "parts": parts if is_mean else None,
+            "normalizer": normalizer if reduction == "mean" else None,
+            "upstream": upstream,
+            "row_loss": logits.new_empty(rows, dtype=single) if is_scalar else answer.loss,
+            "loss": answer.loss if is_scalar else None,
+            "ticket": ticket,
+            "correct": answer.correct if answer.correct.numel() else None,
+            "logsumexp": answer.logsumexp if answer.logsumexp.numel() else None,
+            "stride": logits.stride(0),
+            "rows": rows,
+            "classes": classes,
+            "k": k,
+            "parts_count": adapters,
+            "temperature": temperature,
+            "exponent": math.log2(math.e) / temperature,
+            "factor": temperature**2 if tau_squared else 1.0,
+            "BLOCK": block,
+            "ONE_BLOCK": is_one_block,
+            "PLACES": places_of(logits, answer.grad if answer.grad.numel() else None),
+            "LANES": 16 // logits.element_size(),
+            "K2": 1 << (k - 1).bit_length(),
+        },
+        {"num_warps": max(1, threads // warp)},
+    )
+    return over_labels, over_logits
+
+
+def block_of(classes: int) -> tuple[int, int, bool]:
+    """Elements a program takes at once, its threads, and whether that is the whole row.
+
+    8 elements a thread, 16 from 2,048 classes and 32 from 16,384: fewer threads wait at each sum, and registers do not run out.
+    """
+    if classes > ONE_BLOCK_CLASSES:
+        return LOOP_BLOCK, LOOP_THREADS, False
+    block = max(32, 1 << (classes - 1).bit_length())
+    each = 8 if block <= 1024 else 16 if block <= 8192 else 32
+    return block, max(32, block // each), True
+
+
+def places_of(logits: Tensor, grad: Tensor | None) -> int:
+    """How the rows of logits and gradient lie relative to 16 bytes: which accesses loss_rows may make."""
+    (rows, classes), size = logits.shape, logits.element_size()
+    row_bytes = logits.stride(0) * size if rows > 1 else 0
+    is_aligned = logits.data_ptr() % 16 == 0 and row_bytes % 16 == 0 and classes * size % 16 == 0
+    if is_aligned:  # then so is the gradient: new and contiguous
+        return row_kernels.ALIGNED.value
+    is_alike = grad is None or ((logits.data_ptr() - grad.data_ptr()) % 16 == 0 and (row_bytes - classes * size * (rows > 1)) % 16 == 0)
+    return row_kernels.SHIFTED.value if is_alike and classes >= SHIFTED_CLASSES else row_kernels.PLAIN.value
+
+
+def _codec(codec: str, classes: int) -> int:
+    if codec == "half" and classes > HALF_ID16_CLASSES:
+        return label_kernels.HALF_WIDE.value
+    return {"pairs": label_kernels.PAIRS, "half": label_kernels.HALF, "packed": label_kernels.PACKED}[codec].value
