@@ -141,7 +141,8 @@ torch.library.impl("ferkd::loss_reference", "CompositeExplicitAutograd", referen
 def _loss_triton(*arguments: Any) -> reference.Answer:
     from ferkd.kernels import loss  # here, so that `import ferkd` does not load Triton
 
-    return loss.loss(*arguments)
+    answer: reference.Answer = loss.loss(*arguments)
+    return answer
 
 
 def _fake(logits: Tensor, *rest: Any) -> reference.Answer:

@@ -68,10 +68,7 @@ def _id(labels, row, j, present, k, width, id_bits, CODEC: tl.constexpr):
 @triton.jit
 def _half(words, j, present, k, CODEC: tl.constexpr):
     """The float16 of pair j of each row, widened: [ROWS] float32."""
-    if CODEC == HALF:
-        bits = _word(words, j, present) >> 16
-    else:
-        bits = (_word(words, k + j // 2, present) >> (16 * (j % 2))) & 0xFFFF
+    bits = _bit_field(words, 32 * j + 16 if CODEC == HALF else 32 * k + 16 * j, 16, present)
     return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
@@ -182,7 +179,7 @@ def _power(x, power):
 
 @triton.jit(
     do_not_specialize=["rows", "k", "width", "classes", "id_bits"],
-    do_not_specialize_on_alignment=["labels", "probs", "target", "partner", "lam", "adapted", "ids", "region_out", "parts", "ticket"],
+    do_not_specialize_on_alignment=["labels", "probs", "target_of", "partner", "lam", "adapted", "ids", "region_out", "parts", "ticket"],
 )
 def adapt_labels(
     labels, probs, target_of, partner, lam, adapted, ids, region_out, parts, ticket,

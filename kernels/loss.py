@@ -25,9 +25,9 @@ from . import rows as row_kernels
 ONE_BLOCK_CLASSES = 32_768
 """Rows of up to this many classes are kept in registers between the sums and the gradient."""
 
-LOOP_BLOCK, LOOP_THREADS = 4096, 512
-"""Longer rows: elements of a step, and threads. 8 elements a thread, so that four programs share a multiprocessor and hide each
-other's waiting."""
+LOOP_BLOCK, LOOP_THREADS = 2048, 256
+"""Longer rows: elements of a step, and threads. With 8 elements a thread and their sums in about 64 registers, four programs share a
+multiprocessor and hide each other's waiting."""
 
 SHIFTED_CLASSES = 512
 """Rows of fewer classes that are not aligned are read element by element: the edges would cost more than wide accesses save."""
@@ -227,12 +227,12 @@ def places_of(logits: Tensor, grad: Tensor | None) -> int:
     row_bytes = logits.stride(0) * size if rows > 1 else 0
     is_aligned = logits.data_ptr() % 16 == 0 and row_bytes % 16 == 0 and classes * size % 16 == 0
     if is_aligned:  # then so is the gradient: new and contiguous
-        return row_kernels.ALIGNED.value
+        return int(row_kernels.ALIGNED.value)
     is_alike = grad is None or ((logits.data_ptr() - grad.data_ptr()) % 16 == 0 and (row_bytes - classes * size * (rows > 1)) % 16 == 0)
-    return row_kernels.SHIFTED.value if is_alike and classes >= SHIFTED_CLASSES else row_kernels.PLAIN.value
+    return int((row_kernels.SHIFTED if is_alike and classes >= SHIFTED_CLASSES else row_kernels.PLAIN).value)
 
 
 def _codec(codec: str, classes: int) -> int:
-    if codec == "half" and classes > HALF_ID16_CLASSES:
-        return label_kernels.HALF_WIDE.value
-    return {"pairs": label_kernels.PAIRS, "half": label_kernels.HALF, "packed": label_kernels.PACKED}[codec].value
+    codecs = {"pairs": label_kernels.PAIRS, "half": label_kernels.HALF, "packed": label_kernels.PACKED}
+    is_wide = codec == "half" and classes > HALF_ID16_CLASSES
+    return int((label_kernels.HALF_WIDE if is_wide else codecs[codec]).value)

@@ -42,9 +42,20 @@ def _log1p(u):
 
 
 @triton.jit
-def _pairs(n, row, partner, own, ids, adapted, k, K2: tl.constexpr, MIXED: tl.constexpr):
-    """Pairs `n` of the row's mixed label: the K2 places of its own label, then of its partner's. Returns their ids int32, -1 where there
-    is none, and increments w delta float64; all of n's shape."""
+def _mass_and_base(row, partner, own, adapted, k, MIXED: tl.constexpr):
+    """The row's label after mixing: S = sum w S and beta = sum w beta, float64."""
+    mass = tl.load(adapted + row * (2 + k))
+    beta = tl.load(adapted + row * (2 + k) + 1)
+    if MIXED:
+        mass = own * mass + (1.0 - own) * tl.load(adapted + partner * (2 + k))
+        beta = own * beta + (1.0 - own) * tl.load(adapted + partner * (2 + k) + 1)
+    return mass, beta
+
+
+@triton.jit
+def _pairs(n, row, partner, own, adapted, ids, k, K2: tl.constexpr, MIXED: tl.constexpr):
+    """Pairs `n` of the row's label after mixing: K2 places for its own label's, then K2 for its partner's. Returns their ids int32, -1
+    at a place without a pair, and their increments w delta float64; both of n's shape."""
     j = n % K2
     label = row
     weight = tl.full(n.shape, 1.0, tl.float64)
@@ -116,25 +127,52 @@ def loss_rows(
     edge = tl.where(lane < LANES, lane, head + body + lane - LANES)
     is_edge = tl.where(lane < LANES, lane < head, edge < classes)
 
-    # Pass 1: the largest logit m and, relative to it, the sums over classes. The largest logits are counted apart: a confident row's
-    # exp d are one 1 and many tiny numbers, and added to the 1 in float32 they would vanish.
-    #   rest     sum of exp d where d < 0
-    #   largest  how many d are 0
-    #   sum_d    sum of x - max x, which is T d
     if PLACES == SHIFTED:
         z_edge = tl.load(x + edge, mask=is_edge, other=float("-inf")).to(tl.float32)
     z = tl.load(x_body + at, mask=at < body, other=float("-inf")).to(tl.float32)
+
+    # The label after mixing, while the logits are on their way. Where registers are scarce, the pairs come later.
+    other = row
+    own = tl.full([], 1.0, tl.float64)
+    if MIXED:
+        own = tl.load(lam + row).to(tl.float64)
+        other = tl.load(partner + row)
+        is_astray = (other < 0) | (other >= rows)  # where nobody checks, the row is NaN
+        own = tl.where(is_astray, float("nan"), own)
+        other = tl.where(is_astray, 0, other)
+    mass, beta = _mass_and_base(row, other, own, adapted, k, MIXED)
+    is_discarded = mass == 0.0
+    mass_32 = mass.to(tl.float32)
+    beta_32 = beta.to(tl.float32)
+    N: tl.constexpr = 2 * K2 if MIXED else K2
+    EARLY: tl.constexpr = ONE_BLOCK and BLOCK <= 8192
+    if EARLY:
+        i, delta = _pairs(tl.arange(0, N), row, other, own, adapted, ids, k, K2, MIXED)
+    scale = factor * 1.0
+    if normalizer is not None:
+        total_S = tl.load(normalizer)
+        scale = tl.where(total_S == 0.0, 0.0, factor / total_S)  # every row discarded: 0, never 0/0
+    elif parts is not None:
+        part = tl.arange(0, PARTS)
+        total_S = tl.sum(tl.load(parts + part, mask=part < parts_count, other=0.0), axis=0).to(tl.float32)
+        scale = tl.where(total_S == 0.0, 0.0, factor / total_S)
+
+    # Pass 1: the largest logit m and, relative to it, the sums over classes. The largest logits are counted apart: a confident row's
+    # exp d are one 1 and many tiny numbers, and added to the 1 in float32 they would vanish.
+    #   rest     sum of the exp d below 1
+    #   largest  how many exp d are 1
+    #   sum_d    sum of x - max x, which is T d
     if ONE_BLOCK:
         m = tl.max(z, axis=0)
         if PLACES == SHIFTED:
             m = tl.maximum(m, tl.max(z_edge, axis=0))
         d = z - m
-        e = tl.exp2(d * exponent)
-        rest = tl.sum(tl.where(d == 0.0, 0.0, e), axis=0)  # so written that NaN reaches the sum
-        largest = tl.sum(tl.where(d == 0.0, 1.0, 0.0), axis=0)
         sum_d = tl.sum(tl.where(at < body, d, 0.0), axis=0)
         if correct is not None:
             top1 = tl.min(tl.where(d == 0.0, head + at, classes), axis=0)
+        e = tl.exp2(d * exponent)  # from here on d is not needed, and its registers are free
+        rest = tl.sum(tl.where(e == 1.0, 0.0, e), axis=0)  # so written that NaN reaches the sum
+        largest = tl.sum(tl.where(e == 1.0, 1.0, 0.0), axis=0)
     else:
         # Every lane keeps a largest and sums of its own, so that no step of the loop waits for another lane.
         m_lane = z
@@ -172,8 +210,8 @@ def loss_rows(
     if PLACES == SHIFTED:
         d_edge = z_edge - m
         e_edge = tl.exp2(d_edge * exponent)
-        rest += tl.sum(tl.where(d_edge == 0.0, 0.0, e_edge), axis=0)
-        largest += tl.sum(tl.where(d_edge == 0.0, 1.0, 0.0), axis=0)
+        rest += tl.sum(tl.where(e_edge == 1.0, 0.0, e_edge), axis=0)
+        largest += tl.sum(tl.where(e_edge == 1.0, 1.0, 0.0), axis=0)
         sum_d += tl.sum(tl.where(is_edge, d_edge, 0.0), axis=0)
         if correct is not None:
             top1 = tl.minimum(top1, tl.min(tl.where(d_edge == 0.0, edge, classes), axis=0))
@@ -182,47 +220,13 @@ def loss_rows(
         tl.store(logsumexp + row, m / temperature + log_sum)
         tl.store(correct + row, ((top1 == tl.load(target + row)) & (log_sum == log_sum)).to(tl.int8))
 
-    # The label after mixing: S = sum w S, beta = sum w beta, pairs (i, w delta).
-    mass = tl.load(adapted + row * (2 + k))
-    beta = tl.load(adapted + row * (2 + k) + 1)
-    other = row
-    own = tl.full([], 1.0, tl.float64)
-    if MIXED:
-        own = tl.load(lam + row).to(tl.float64)
-        other = tl.load(partner + row)
-        is_astray = (other < 0) | (other >= rows)  # where nobody checks, the row is NaN
-        own = tl.where(is_astray, float("nan"), own)
-        other = tl.where(is_astray, 0, other)
-        mass = own * mass + (1.0 - own) * tl.load(adapted + other * (2 + k))
-        beta = own * beta + (1.0 - own) * tl.load(adapted + other * (2 + k) + 1)
-    is_discarded = mass == 0.0
-    PLACES_OF_PAIRS: tl.constexpr = 2 * K2 if MIXED else K2
-    i, delta = _pairs(tl.arange(0, PLACES_OF_PAIRS), row, other, own, ids, adapted, k, K2, MIXED)
-    d_pair = tl.load(x + i, mask=i >= 0, other=0.0).to(tl.float32) - m
-
-    scale = factor * 1.0
-    if normalizer is not None:
-        total_S = tl.load(normalizer)
-        scale = tl.where(total_S == 0.0, 0.0, factor / total_S)  # every row discarded: 0, never 0/0
-    elif parts is not None:
-        part = tl.arange(0, PARTS)
-        total_S = tl.sum(tl.load(parts + part, mask=part < parts_count, other=0.0), axis=0).to(tl.float32)
-        scale = tl.where(total_S == 0.0, 0.0, factor / total_S)
-
-    # Zero-weight terms are left out, never multiplied by zero: a logit may be inf.
-    value = mass.to(tl.float32) * log_sum
-    value -= tl.where(beta == 0.0, 0.0, beta.to(tl.float32) * (sum_d / temperature))
-    value -= tl.sum(tl.where(delta == 0.0, 0.0, delta.to(tl.float32) * (d_pair / temperature)), axis=0)
-    tl.store(row_loss + row, tl.where(is_discarded, 0.0, value * scale))
-
     # Pass 2: the gradient of the base.
     if grad is not None:
         grad_scale = scale / temperature
         if upstream is not None:
             grad_scale *= tl.load(upstream)
-        softmax = mass / (rest.to(tl.float64) + largest.to(tl.float64))
-        slope = (softmax * grad_scale).to(tl.float32)
-        offset = (beta * grad_scale).to(tl.float32)
+        slope = mass_32 / (rest + largest) * grad_scale
+        offset = beta_32 * grad_scale
         to = grad + row * classes
         if PLACES == ALIGNED:
             to_body = tl.multiple_of(to, 16)
@@ -241,16 +245,28 @@ def loss_rows(
         if PLACES == SHIFTED:
             tl.store(to + edge, tl.where(is_discarded, 0.0, e_edge * slope - offset).to(T), mask=is_edge)
 
-        # Then the pairs' places, each written once more with the total of all pairs that share its id: formed in float64, since on a
-        # confident row it is a small difference, and rounded only once.
-        total = tl.zeros([PLACES_OF_PAIRS], tl.float64)
-        AT_ONCE: tl.constexpr = PLACES_OF_PAIRS if PLACES_OF_PAIRS < PAIRS_AT_ONCE else PAIRS_AT_ONCE
-        for first in range(0, PLACES_OF_PAIRS, AT_ONCE):
-            i_others, delta_others = _pairs(first + tl.arange(0, AT_ONCE), row, other, own, ids, adapted, k, K2, MIXED)
-            total += tl.sum(tl.where(i[:, None] == i_others[None, :], delta_others[None, :], 0.0), axis=1)
+    # The row's loss. Zero-weight terms are left out, never multiplied by zero: a logit may be inf.
+    if not EARLY:
+        i, delta = _pairs(tl.arange(0, N), row, other, own, adapted, ids, k, K2, MIXED)
+    d_pair = tl.load(x + i, mask=i >= 0, other=0.0).to(tl.float32) - m
+    value = mass_32 * log_sum
+    value -= tl.where(beta_32 == 0.0, 0.0, beta_32 * (sum_d / temperature))
+    value -= tl.sum(tl.where(delta == 0.0, 0.0, delta.to(tl.float32) * (d_pair / temperature)), axis=0)
+    tl.store(row_loss + row, tl.where(is_discarded, 0.0, value * scale))
+
+    # The gradient at the pairs' ids, each written once more with the total of all pairs that share its id: formed in float64, since on a
+    # confident row it is a small difference, and rounded only once.
+    if grad is not None:
+        total = tl.zeros([N], tl.float64)
+        AT_ONCE: tl.constexpr = N if N < PAIRS_AT_ONCE else PAIRS_AT_ONCE
+        for first in range(0, N, AT_ONCE):
+            i_too, delta_too = _pairs(first + tl.arange(0, AT_ONCE), row, other, own, adapted, ids, k, K2, MIXED)
+            total += tl.sum(tl.where(i[:, None] == i_too[None, :], delta_too[None, :], 0.0), axis=1)
+        mass, beta = _mass_and_base(row, other, own, adapted, k, MIXED)
+        softmax = mass / (rest.to(tl.float64) + largest.to(tl.float64))
         e_pair = tl.exp2(d_pair * exponent).to(tl.float64)
         at_pair = ((e_pair * softmax - beta - total) * grad_scale).to(tl.float32)
-        tl.debug_barrier()  # a pair's place was written by another thread: the base first, then this
+        tl.debug_barrier()  # another thread wrote the base there: first that, then this
         tl.store(to + i, tl.where(is_discarded, 0.0, at_pair).to(T), mask=i >= 0)
 
     # The scalar: the last program to finish adds up the rows' losses, always in the same order.

@@ -105,6 +105,7 @@ def test_label_mass_refuses_what_it_would_otherwise_broadcast_or_misread():
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_a_backend_that_cannot_run_is_refused_with_its_reason(name):
+def test_a_backend_that_cannot_run_is_refused_with_its_reason(name, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(InputError, match=f"impl: '{name}' cannot run here: .+"):
         FerKDLoss(impl=name)(X, (IDS, PROBS), TARGET)
