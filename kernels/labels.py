@@ -196,7 +196,7 @@ def adapt_labels(
                 its gradient against the student's softmax
     ids         [B, k] int32 out
     region_out  [B] int8 out, or None
-    parts       [number of programs] float64 out: parts of sum S
+    parts       [number of programs] float64 out: parts of sum S; None where nobody divides by it
     ticket      int32 out: 0
     """
     P: tl.constexpr = tl.float64 if DOUBLE else tl.float32
@@ -259,7 +259,7 @@ def adapt_labels(
         if region_out is not None:
             tl.store(region_out + row, region, mask=present)
 
-        if lam is not None:  # another program may not have adapted the partner yet, so its mass is found here
+        if parts is not None and lam is not None:  # another program may not have adapted the partner yet, so its mass is found here
             own = tl.load(lam + row, mask=present, other=1.0).to(tl.float64)
             other = tl.load(partner + row, mask=present, other=0)
             own = tl.where((other < 0) | (other >= rows), float("nan"), own)
@@ -276,4 +276,5 @@ def adapt_labels(
             )
             mass = own * mass + (1.0 - own) * _mass_of(region, exact, astray | is_astray, k, classes, temperature, RENORM)
         sum_S += tl.where(present, mass, 0.0)
-    tl.store(parts + tl.program_id(0), tl.sum(sum_S))
+    if parts is not None:
+        tl.store(parts + tl.program_id(0), tl.sum(sum_S))

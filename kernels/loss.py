@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ferkd import reference
-from ferkd.records import HALF_ID16_CLASSES, id_bits, share_grid
+from ferkd.errors import InputError
+from ferkd.records import HALF_ID16_CLASSES, id_bits, label_words, share_grid
 
 from . import labels as label_kernels
 from . import rows as row_kernels
@@ -31,6 +32,9 @@ multiprocessor and hide each other's waiting."""
 
 SHIFTED_CLASSES = 512
 """Rows of fewer classes that are not aligned are read element by element: the edges would cost more than wide accesses save."""
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Launch(NamedTuple):
@@ -67,6 +71,7 @@ def loss(
     validate: bool,
 ) -> reference.Answer:
     """The op; ferkd.ops has the arguments. Float32, bfloat16 or float16 logits."""
+    _require_layout(logits, labels, probs, target, partner, lam, normalizer, upstream, codec, k)
     rows, classes = logits.shape
     if logits.device.type == "cpu" or validate:
         ids, stored = (labels, probs) if probs is not None else reference.unpack(labels, codec, k, classes)
@@ -92,6 +97,55 @@ def loss(
         ):  # fmt: skip
             launch.kernel[(launch.grid,)](**launch.arguments, **launch.options)
     return answer
+
+
+def _require_layout(
+    logits: Tensor,
+    labels: Tensor,
+    probs: Tensor | None,
+    target: Tensor,
+    partner: Tensor | None,
+    lam: Tensor | None,
+    normalizer: Tensor | None,
+    upstream: Tensor | None,
+    codec: str,
+    k: int,
+) -> None:
+    """ferkd/loss.py refuses wrong arguments with better words; here stands what memory is safe by, for calls of the operator itself."""
+
+    def is_row(tensor: Tensor | None, dtype: torch.dtype) -> bool:
+        return tensor is not None and tensor.shape == logits.shape[:1] and tensor.dtype == dtype and tensor.is_contiguous()
+
+    def require(holds: bool, what: str) -> None:
+        if not holds:
+            raise InputError(what)
+
+    require(
+        logits.dim() == 2 and logits.shape[1] >= 2 and logits.stride(1) == 1 and logits.dtype in _DTYPES,
+        "logits: they must be [B, C] float32, bfloat16 or float16 with C >= 2 and a last stride of 1",
+    )
+    rows, classes = logits.shape
+    require(1 <= k <= min(64, classes), "k: it must be from 1 to 64 and at most C")
+    require(codec in ("pairs", "half", "packed"), "codec: it must be pairs, half or packed")
+    require((codec == "pairs") == (probs is not None), "probs: given with codec pairs and with no other")
+    width = k if codec == "pairs" else label_words(codec, k, classes)  # type: ignore[arg-type]
+    word = torch.int64 if codec == "pairs" else torch.int32
+    require(
+        labels.shape == (rows, width) and labels.dtype == word and labels.is_contiguous(), "labels: wrong shape, dtype or not contiguous"
+    )
+    require(
+        probs is None or (probs.shape == (rows, k) and probs.dtype in (torch.float32, torch.float64) and probs.is_contiguous()),
+        "probs: they must be [B, k] float32 or float64 and contiguous",
+    )
+    require(is_row(target, torch.int64), "target: it must be [B] int64 and contiguous")
+    require(
+        (partner is None and lam is None) or (is_row(partner, torch.int64) and is_row(lam, torch.float32)),
+        "mix: partner and lam come together, [B] and contiguous",
+    )
+    for scalar in (normalizer, upstream):
+        require(scalar is None or (scalar.dim() == 0 and scalar.dtype == torch.float32), "normalizer, upstream: they must be 0-dim float32")
+    for tensor in (labels, probs, target, partner, lam, normalizer, upstream):
+        require(tensor is None or tensor.device == logits.device, "every tensor must be on the logits' device")
 
 
 @lru_cache
@@ -127,8 +181,8 @@ def launches(
     ids = logits.new_empty((rows, k), dtype=integer)
     ticket = logits.new_empty((), dtype=integer)
     adapters = min(label_kernels.PARTS, -(-rows // label_kernels.ROWS))
-    parts = logits.new_empty(adapters, dtype=double)
-    first_lowest, first_step, _ = share_grid(0, classes)
+    parts = logits.new_empty(adapters, dtype=double) if reduction == "mean" and normalizer is None else None
+    lowest, first_step, _ = share_grid(0, classes)
     _, later_step, _ = share_grid(1, classes)
     discard_below, calibrate_below, discard_above, smoothing = policy
     over_labels = Launch(
@@ -150,7 +204,7 @@ def launches(
             "width": labels.shape[1],
             "classes": classes,
             "id_bits": id_bits(classes),
-            "lowest": first_lowest,
+            "lowest": lowest,
             "first_step": first_step,
             "later_step": later_step,
             "discard_below": discard_below,
@@ -169,7 +223,6 @@ def launches(
     )
 
     block, threads, is_one_block = block_of(classes)
-    is_mean = reduction == "mean" and normalizer is None
     is_scalar = reduction != "none"
     over_logits = Launch(
         row_kernels.loss_rows,
@@ -182,7 +235,7 @@ def launches(
             "target": target,
             "partner": partner,
             "lam": lam,
-            "parts": parts if is_mean else None,
+            "parts": parts,
             "normalizer": normalizer if reduction == "mean" else None,
             "upstream": upstream,
             "row_loss": logits.new_empty(rows, dtype=single) if is_scalar else answer.loss,
@@ -225,10 +278,9 @@ def places_of(logits: Tensor, grad: Tensor | None) -> int:
     """How the rows of logits and gradient lie relative to 16 bytes: which accesses loss_rows may make."""
     (rows, classes), size = logits.shape, logits.element_size()
     row_bytes = logits.stride(0) * size if rows > 1 else 0
-    is_aligned = logits.data_ptr() % 16 == 0 and row_bytes % 16 == 0 and classes * size % 16 == 0
-    if is_aligned:  # then so is the gradient: new and contiguous
-        return int(row_kernels.ALIGNED.value)
     is_alike = grad is None or ((logits.data_ptr() - grad.data_ptr()) % 16 == 0 and (row_bytes - classes * size * (rows > 1)) % 16 == 0)
+    if is_alike and logits.data_ptr() % 16 == 0 and row_bytes % 16 == 0 and classes * size % 16 == 0:
+        return int(row_kernels.ALIGNED.value)
     return int((row_kernels.SHIFTED if is_alike and classes >= SHIFTED_CLASSES else row_kernels.PLAIN).value)
 
 
