@@ -177,10 +177,13 @@ def _power(x, power):
     return tl.exp2(tl.log2(x) * power)
 
 
+# What Triton would otherwise compile again for: numbers that are 1 or multiples of 16, addresses, tensors beyond 2 GB.
 @triton.jit(
-    do_not_specialize=["rows", "k", "width", "classes", "id_bits"],
-    do_not_specialize_on_alignment=["labels", "probs", "target_of", "partner", "lam", "adapted", "ids", "region_out", "parts", "ticket"],
-)
+    do_not_specialize=[
+        "labels", "probs", "target_of", "partner", "lam", "adapted", "ids", "region_out", "parts", "ticket",
+        "rows", "k", "width", "classes", "id_bits",
+    ]
+)  # fmt: skip
 def adapt_labels(
     labels, probs, target_of, partner, lam, adapted, ids, region_out, parts, ticket,
     rows: tl.int32, k: tl.int32, width: tl.int32, classes: tl.int32, id_bits: tl.int32,
