@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -88,15 +89,27 @@ def loss(
     if rows == 0:
         answer.loss.zero_()
         return answer
-    on_device = contextlib.nullcontext() if logits.device.type == "cpu" else torch.cuda.device(logits.device)
-    with on_device:
-        for launch in launches(
+    run(
+        logits.device,
+        lambda warp: launches(
             logits, labels, probs, target, partner, lam, normalizer, upstream, answer, codec, k,
-            (discard_below, calibrate_below, discard_above, smoothing), confidence, temperature, tail, reduction, tau_squared,
-            warp_size(logits.device),
-        ):  # fmt: skip
-            launch.kernel[(launch.grid,)](**launch.arguments, **launch.options)
+            (discard_below, calibrate_below, discard_above, smoothing), confidence, temperature, tail, reduction, tau_squared, warp,
+        ),
+    )  # fmt: skip
     return answer
+
+
+def run(device: torch.device, made_for: Callable[[int], Iterable[Launch]]) -> None:
+    """Makes the launches for a device, given the threads of its warps, and starts them in order."""
+    with contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device):
+        for launch in made_for(_warp(device)):
+            launch.kernel[(launch.grid,)](**launch.arguments, **launch.options)
+
+
+@lru_cache
+def _warp(device: torch.device) -> int:
+    """32 threads on NVIDIA's GPUs, 64 on AMD's data-centre ones."""
+    return 32 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).warp_size)  # cpu: Triton's interpreter
 
 
 def _require_layout(
@@ -146,12 +159,6 @@ def _require_layout(
         require(scalar is None or (scalar.dim() == 0 and scalar.dtype == torch.float32), "normalizer, upstream: they must be 0-dim float32")
     for tensor in (labels, probs, target, partner, lam, normalizer, upstream):
         require(tensor is None or tensor.device == logits.device, "every tensor must be on the logits' device")
-
-
-@lru_cache
-def warp_size(device: torch.device) -> int:
-    """Threads of a warp: 32 on NVIDIA's GPUs, 64 on AMD's data-centre ones."""
-    return 32 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).warp_size)  # cpu: Triton's interpreter
 
 
 def launches(

@@ -24,6 +24,7 @@ if ops.why_not("triton", "cpu") is None:
     from ferkd.kernels import labels as label_kernels
     from ferkd.kernels import loss as kernels
     from ferkd.kernels import rows as row_kernels
+    from ferkd.kernels import scale
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -292,6 +293,21 @@ def test_the_same_call_gives_the_same_bits():
         again = loss_and_gradient(x, (ids, probs), target, policy=POLICY)
         assert torch.equal(first[0], again[0])
         assert torch.equal(first[1], again[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [10, 3001])
+@pytest.mark.parametrize("begin", [0, 1])
+def test_the_stored_gradient_is_scaled_in_float32_and_rounded_once(begin, classes, dtype, monkeypatch):
+    monkeypatch.setattr(scale, "PROGRAMS", 3)  # fewer programs than steps
+    whole = logits(1, begin + 5 * classes + 8, dtype, scale=1e-3)[0]
+    for upstream in (torch.tensor(0.3), torch.tensor(1.0), torch.linspace(-1, 1, 5), torch.tensor(7.0).expand(5)):
+        found, expected = whole.clone(), whole.clone()
+        grad, inside_expected = (tensor[begin : begin + 5 * classes].view(5, classes) for tensor in (found, expected))
+        scale.scale_(grad, upstream)
+        inside_expected.copy_(ops._scaled(inside_expected, upstream))
+        assert torch.equal(found, expected)
+    scale.scale_(torch.zeros(0, 7), torch.tensor(2.0))
 
 
 def test_the_operator_itself_refuses_what_it_could_not_read_safely():
