@@ -106,7 +106,7 @@ def _summary(
 
     The sums in P run in the probabilities' own precision, so that every backend places the same probabilities in the same region to
     the last bit. Returns [ROWS] each: sum P, on_target P, largest P, exact float64 (the sum: a confident teacher's 1 - sum cancels),
-    found (the target is among the ids), astray (an id is outside the classes).
+    found (the target is among the ids), astray (an id is outside the classes; a wrong id must not reach memory, and is clamped).
     """
     sum_P = tl.zeros([ROWS], P)
     on_target = tl.zeros([ROWS], P)
@@ -125,9 +125,8 @@ def _summary(
             left = left * rest
         else:
             p = _half(labels + row * width, j, present, k, CODEC)
-        is_astray = (i < 0) | (i >= classes)
-        astray = astray | is_astray
-        i = tl.where(is_astray, 0, i)
+        astray = astray | (i < 0) | (i >= classes)
+        i = tl.minimum(tl.maximum(i, 0), classes - 1)
         sum_P += p
         exact += p.to(tl.float64)
         on_target += tl.where(i == target, p, 0.0)
@@ -211,7 +210,7 @@ def adapt_labels(
         present = row < rows
         target = tl.load(target_of + row, mask=present, other=0)
         is_astray = (target < 0) | (target >= classes)
-        target = tl.where(is_astray, 0, target)
+        target = tl.minimum(tl.maximum(target, 0), classes - 1)
         delta_out = adapted + row * (2 + k) + 2
         id_out = ids + row * k
         sum_P, on_target, largest, exact, found, astray = _summary(
@@ -269,7 +268,7 @@ def adapt_labels(
             other = tl.where((other < 0) | (other >= rows), 0, other)
             target = tl.load(target_of + other, mask=present, other=0)
             is_astray = (target < 0) | (target >= classes)
-            target = tl.where(is_astray, 0, target)
+            target = tl.minimum(tl.maximum(target, 0), classes - 1)
             sum_P, on_target, largest, exact, found, astray = _summary(
                 labels, probs, other, target, present, delta_out, id_out, k, width, classes, id_bits, lowest, first_step, later_step,
                 CODEC, P, ROWS, False,

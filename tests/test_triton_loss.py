@@ -222,7 +222,8 @@ def test_packed_probabilities_decode_to_the_digits_of_the_reference():
 @pytest.mark.parametrize("is_mixed", [False, True])
 @pytest.mark.parametrize("tail", ["smooth", "renorm"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_wrong_data_that_nobody_checks_make_their_rows_what_the_reference_makes_them(temperature, tail, is_mixed, monkeypatch):
+@pytest.mark.parametrize("confidence", ["max", "target"])
+def test_wrong_data_that_nobody_checks_make_their_rows_what_the_reference_makes_them(confidence, temperature, tail, is_mixed, monkeypatch):
     """On a GPU without validate=True: NaN in the rows concerned, no memory touched beyond the logits, discarded rows still nothing."""
     monkeypatch.setattr(reference, "check_data", lambda *_: None)
     batch, classes = 12, 20
@@ -238,7 +239,7 @@ def test_wrong_data_that_nobody_checks_make_their_rows_what_the_reference_makes_
         partner[9], partner[10] = batch, -1
         mix = (partner, torch.linspace(0, 1, batch))
     rule = {
-        "policy": RegionPolicy(discard_below=0.08),
+        "policy": RegionPolicy(discard_below=0.08, confidence=confidence),
         "tail": tail,
         "temperature": temperature,
         "mix": mix,
@@ -251,6 +252,7 @@ def test_wrong_data_that_nobody_checks_make_their_rows_what_the_reference_makes_
     torch.testing.assert_close(loss, expected_loss, rtol=4e-6, atol=4e-6, equal_nan=True)
     torch.testing.assert_close(gradient, expected_gradient, rtol=4e-6, atol=4e-6, equal_nan=True)
     assert torch.equal(stats.region, expected_stats.region)
+    assert torch.equal(stats.correct, expected_stats.correct)
 
 
 # ---------------------------------------------------------------------------------------------- launches
