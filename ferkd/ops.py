@@ -151,7 +151,8 @@ torch.library.impl("ferkd::loss_reference", "CompositeExplicitAutograd", referen
 def _loss_triton(*arguments: Any) -> reference.Answer:
     from ferkd.kernels import loss  # here, so that `import ferkd` does not load Triton
 
-    return loss.loss(*arguments)
+    answer: reference.Answer = loss.loss(*arguments)
+    return answer
 
 
 def _fake(logits: Tensor, *rest: Any) -> reference.Answer:
@@ -170,7 +171,12 @@ def _fake(logits: Tensor, *rest: Any) -> reference.Answer:
 
 @torch.library.impl("ferkd::scale_", "CompositeExplicitAutograd", lib=_library)
 def _scale_(grad: Tensor, upstream: Tensor) -> None:
-    """grad [B, C] times upstream, 0-dim or [B], in place. The extensions do it in one launch that ends at once where upstream is 1."""
+    """grad [B, C] times upstream, 0-dim or [B], in place. Kernels do it in one launch that ends at once where upstream is 1."""
+    if grad.device.type == "cuda" and why_not("triton", "cuda", grad.dtype) is None:
+        from ferkd.kernels import scale
+
+        scale.scale_(grad, upstream)
+        return
     grad.copy_(_scaled(grad, upstream))
 
 

@@ -1,1 +1,1 @@
-"""Triton kernels, installed as `ferkd.kernels`. There are none yet: `impl="triton"` says so."""
+"""Triton kernels, installed as `ferkd.kernels`: what `impl="triton"` runs. Only ferkd.ops imports them, when it runs them."""
