@@ -84,6 +84,8 @@ def why_not(impl: str, device: str, dtype: torch.dtype = torch.float32) -> str |
         if device != "cuda":
             return f"the logits are on {device}"
         return _NO_CUDA if _NO_CUDA is not None else _why_not_on_gpu(torch.cuda.current_device())
+    if device not in ("cpu", "cuda"):
+        return f"the logits are on {device}; its launches are written for CUDA and ROCm"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if importlib.util.find_spec("ferkd.kernels") is None:

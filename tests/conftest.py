@@ -29,3 +29,13 @@ def _on_the_gpu(request):
     torch.set_default_device("cuda")
     yield
     torch.set_default_device(None)
+
+
+@pytest.fixture
+def poisoned():
+    """New tensors are filled with NaN (or the largest integer), so that a value nobody wrote is seen."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)

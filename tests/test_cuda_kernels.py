@@ -13,6 +13,7 @@ from loss_cases import CUDA, DEVICE, POLICY, assert_close, labels, logits, oracl
 from ferkd import Records, Region, RegionPolicy, ferkd_loss, ops
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("poisoned")
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda" or ops.why_not("cuda", "cuda") is not None, reason="needs a GPU and the CUDA part")
 
 

@@ -14,16 +14,7 @@ from ferkd import FerKDLoss, Records, Region, RegionPolicy, ferkd_loss, ops
 from ferkd.loss import label_mass
 from ferkd.records import unpack_labels
 
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """New tensors are filled with NaN (or the largest integer), so that a value nobody wrote is seen."""
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 # (batch, classes, k): the least of everything; k = C, where there is no tail; CIFAR; 668 and 1,128 fill no power of two, and 1,001 no
 # 16-byte vector in any dtype, so that every second row is misaligned; ImageNet-1k; one class more than a block of float32 sums and the most
@@ -135,6 +126,24 @@ def test_a_confident_student_on_a_confident_label_keeps_its_digits(dtype, impl):
         # Allowed is float32's error in the sum of the small exponentials, nothing of the size of float32's error at 1 (6e-8).
         doubt = 1.0 - torch.softmax(logit, 0)[3].item()
         torch.testing.assert_close(row, truth, rtol=rounding, atol=1e-6 * doubt)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("batch", "classes", "k"), [(32, 1000, 5), (6, 21841, 5)])
+def test_the_error_is_never_above_that_of_pytorchs_own_loss_in_the_same_dtype(batch, classes, k, dtype, impl):
+    ids, probs, target = labels(batch, classes, k)
+    x = logits(batch, classes, dtype)
+    expected_loss, expected_gradient = oracle(x, ids, probs, target, policy=RegionPolicy())[:2]
+    leaf = x.clone().requires_grad_()
+    tail = (1.0 - probs.sum(dim=1, keepdim=True)).clamp_min(0.0) / (classes - k)
+    eager = F.cross_entropy(leaf, tail.expand(-1, classes).scatter(1, ids, probs).to(dtype))
+    (eager_gradient,) = torch.autograd.grad(eager, leaf)
+    loss, gradient = loss_and_gradient(x, (ids, probs), target, impl=impl)
+    last_bit = 2.0**-23 * float(expected_loss)  # float32 can hold the answer no better
+    assert abs(loss.double() - expected_loss) <= abs(eager.detach().double() - expected_loss) + 2 * last_bit
+    largest = expected_gradient.abs().max()
+    assert (gradient.double() - expected_gradient).abs().max() <= (eager_gradient.double() - expected_gradient).abs().max() + 1e-7 * largest
 
 
 @pytest.mark.parametrize("impl", IMPLS)

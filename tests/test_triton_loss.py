@@ -17,9 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ferkd import Records, Region, RegionPolicy, ferkd_loss, ops, reference
 from ferkd.records import pack_labels
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() or ops.why_not("triton", "cpu") is not None, reason="needs Triton's interpreter, which a GPU turns off"
-)
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.skipif(
+        torch.cuda.is_available() or ops.why_not("triton", "cpu") is not None, reason="needs Triton's interpreter, which a GPU turns off"
+    ),
+]
 if ops.why_not("triton", "cpu") is None:
     from ferkd.kernels import labels as label_kernels
     from ferkd.kernels import loss as kernels
@@ -28,15 +31,6 @@ if ops.why_not("triton", "cpu") is None:
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """New tensors are filled with NaN (or the largest integer), so that a value nobody wrote is seen."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture
