@@ -146,7 +146,7 @@ class Workspace {
 void adapt(const LabelJob& job, bool is_double, const AdaptedLabels& labels) {
   const auto adapt_rows = is_double ? cpu::adapt_rows<double> : cpu::adapt_rows<float>;
   // A second thread costs as much to wake as some hundred rows to adapt; powers make a row ten times as long.
-  const int64_t grain = std::max<int64_t>(1, (job.temperature == 1.0 ? 8192 : 1024) / job.k);
+  const int64_t grain = std::max<int64_t>(1, (job.temperature == 1.0 ? 2048 : 256) / job.k);
   torch::stable::parallel_for(0, job.rows, grain, [&](int64_t begin, int64_t end) { adapt_rows(job, labels, begin, end); });
   for (int64_t b = 0; b < job.rows; ++b) {  // an exception inside the loop would reach the caller as a RuntimeError
     if (labels.fault[b] != Fault::NONE) refuse(job, b, labels.fault[b]);
@@ -232,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_as(const Tensor& logits,
   job.correct = stats ? static_cast<bool*>(correct.mutable_data_ptr()) : nullptr;
   job.logsumexp = stats ? logsumexp.mutable_data_ptr() : nullptr;
   const cpu::RowsKernel kernel = cpu::rows_kernel(dtype, cpu::chosen_isa());
-  const int64_t grain = std::max<int64_t>(1, 16384 / C);
+  const int64_t grain = std::max<int64_t>(1, 65536 / (C + 256));  // some microseconds of work; few classes do not make a row free
   torch::stable::parallel_for(0, B, grain, [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
 
   if (stats) std::copy_n(workspace.labels.region, B, static_cast<int8_t*>(region.mutable_data_ptr()));

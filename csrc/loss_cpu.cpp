@@ -28,6 +28,10 @@ namespace ferkd::cpu {
 namespace {
 
 constexpr int64_t BLOCK = 4096;
+#ifndef GB
+#define GB 8192
+#endif
+constexpr int64_t GROUP_BYTES = GB;
 constexpr int GROUP = 16;
 
 struct BFloat16 {
@@ -78,14 +82,19 @@ FERKD_INLINE void narrow(A value, A& to) {
   to = value;
 }
 
-// A run of half types at a time passes through a small buffer of float32: read_run widens into it, write_run narrows e * slope - offset
-// out of it. An own form for float16 on AVX2: GCC does not find the conversions by itself. AVX-512 needs no buffer.
-constexpr int64_t RUN = 256;
+// Plain and AVX2 code widens half types into scratch and narrows them out of it: read_run widens and returns the largest, write_run
+// narrows e * slope - offset. An own form for float16 on AVX2: GCC does not find the conversions by itself.
 
 template <typename T>
-FERKD_INLINE void read_any(const T* from, float* to, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+FERKD_INLINE float read_any(const T* from, float* to, int64_t n) {
+  float m = -std::numeric_limits<float>::infinity();
+#pragma omp simd reduction(max : m)
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = widen(from[i]);
+    to[i] = x;
+    m = x > m ? x : m;
+  }
+  return m;
 }
 template <typename T, typename A>
 FERKD_INLINE void write_any(const A* e, T* to, int64_t n, A slope, A offset) {
@@ -94,10 +103,22 @@ FERKD_INLINE void write_any(const A* e, T* to, int64_t n, A slope, A offset) {
 }
 
 #if defined(__x86_64__)
-FERKD_AVX2 void read_float16_avx2(const Float16* from, float* to, int64_t n) {
+FERKD_AVX2 float read_float16_avx2(const Float16* from, float* to, int64_t n) {
+  __m256 m = _mm256_set1_ps(-std::numeric_limits<float>::infinity());
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-  for (; i < n; ++i) to[i] = _cvtsh_ss(from[i].bits);
+  for (; i + 8 <= n; i += 8) {
+    const __m256 x = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    _mm256_storeu_ps(to + i, x);
+    m = _mm256_max_ps(x, m);  // the second operand where the first is NaN
+  }
+  alignas(32) float lanes[8];
+  _mm256_store_ps(lanes, m);
+  float largest = *std::max_element(lanes, lanes + 8);
+  for (; i < n; ++i) {
+    to[i] = _cvtsh_ss(from[i].bits);
+    largest = to[i] > largest ? to[i] : largest;
+  }
+  return largest;
 }
 FERKD_AVX2 void write_float16_avx2(const float* e, Float16* to, int64_t n, float slope, float offset) {
   const __m256 slopes = _mm256_set1_ps(slope), offsets = _mm256_set1_ps(offset);
@@ -120,11 +141,12 @@ FERKD_AVX512 FERKD_INLINE __m512 load16(const Float16* from, __mmask16 mask) {
 FERKD_AVX512 FERKD_INLINE __m512 load16(const BFloat16* from, __mmask16 mask) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
 }
-FERKD_AVX512 FERKD_INLINE __m512i rounded_bfloat16(__m512 value) {  // as `narrow`, the result in the upper half of each lane
+// As `narrow`, the result in the upper half of each lane, but without a look for NaN: those whose low bits are all ones would not stay
+// NaN. None comes here, since widened NaN have low bits of zero and slope and offset pass `plain_nan`.
+FERKD_AVX512 FERKD_INLINE __m512i rounded_bfloat16(__m512 value) {
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+  return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
 }
 FERKD_AVX512 FERKD_INLINE void store16(__m512 value, float* to, __mmask16 mask) { _mm512_mask_storeu_ps(to, mask, value); }
 FERKD_AVX512 FERKD_INLINE void store16(__m512 value, Float16* to, __mmask16 mask) {
@@ -143,9 +165,11 @@ FERKD_AVX512 FERKD_INLINE void store32(__m512 low, __m512 high, BFloat16* to) { 
   const __m512i pairs = _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x00040004)), _mm512_set1_epi32(0x00030001));
   _mm512_storeu_si512(to, _mm512_permutex2var_epi16(rounded_bfloat16(low), pairs, rounded_bfloat16(high)));
 }
+FERKD_INLINE float plain_nan(float x) { return std::isnan(x) ? std::numeric_limits<float>::quiet_NaN() : x; }
+
 template <typename T>
 FERKD_AVX512 void write_avx512(const float* e, T* to, int64_t n, float slope, float offset) {
-  const __m512 slopes = _mm512_set1_ps(slope), offsets = _mm512_set1_ps(offset);
+  const __m512 slopes = _mm512_set1_ps(plain_nan(slope)), offsets = _mm512_set1_ps(plain_nan(offset));
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
     store32(_mm512_fmsub_ps(_mm512_loadu_ps(e + i), slopes, offsets), _mm512_fmsub_ps(_mm512_loadu_ps(e + i + 16), slopes, offsets), to + i);
@@ -155,11 +179,11 @@ FERKD_AVX512 void write_avx512(const float* e, T* to, int64_t n, float slope, fl
 #endif
 
 template <Isa isa, typename T>
-FERKD_INLINE void read_run(const T* from, float* to, int64_t n) {
+FERKD_INLINE float read_run(const T* from, float* to, int64_t n) {
 #if defined(__x86_64__)
   if constexpr (std::is_same_v<T, Float16> && isa != Isa::PLAIN) return read_float16_avx2(from, to, n);
 #endif
-  read_any(from, to, n);
+  return read_any(from, to, n);
 }
 template <Isa isa, typename T, typename A>
 FERKD_INLINE void write_run(const A* e, T* to, int64_t n, A slope, A offset) {
@@ -168,16 +192,6 @@ FERKD_INLINE void write_run(const A* e, T* to, int64_t n, A slope, A offset) {
   if constexpr (std::is_same_v<T, Float16> && isa == Isa::AVX2) return write_float16_avx2(e, to, n, slope, offset);
 #endif
   write_any(e, to, n, slope, offset);
-}
-
-// A run of logits in the type computed in: the logits themselves, or half types widened into `wide`.
-template <Isa isa, typename T, typename A>
-FERKD_INLINE const A* run_of(const T* x, A* wide, int64_t n) {
-  if constexpr (std::is_same_v<T, A>) return x;
-  else {
-    read_run<isa>(x, wide, n);
-    return wide;
-  }
 }
 
 // ------------------------------------------------------------------------------------------------ exp
@@ -202,16 +216,11 @@ FERKD_INLINE double exp2_of(double t) { return std::exp2(t); }
 
 // ------------------------------------------------------------------------------------------------ passes over a row
 
-template <Isa isa, typename T, typename A>
-FERKD_INLINE A largest_any(const T* x, int64_t n) {
+template <typename A>
+FERKD_INLINE A largest_any(const A* x, int64_t n) {
   A m = -std::numeric_limits<A>::infinity();
-  A wide[RUN];
-  for (int64_t begin = 0; begin < n; begin += RUN) {
-    const int64_t count = std::min(RUN, n - begin);
-    const A* run = run_of<isa>(x + begin, wide, count);
 #pragma omp simd reduction(max : m)
-    for (int64_t c = 0; c < count; ++c) m = run[c] > m ? run[c] : m;
-  }
+  for (int64_t c = 0; c < n; ++c) m = x[c] > m ? x[c] : m;
   return m;
 }
 #if defined(__x86_64__)
@@ -227,12 +236,13 @@ FERKD_AVX512 float largest_avx512(const T* x, int64_t n) {
   return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(m[0], m[1]), _mm512_max_ps(m[2], m[3])));
 }
 #endif
-template <Isa isa, typename T, typename A>
+template <Isa isa, typename A, typename T>
 FERKD_INLINE A largest_of(const T* x, int64_t n) {
 #if defined(__x86_64__)
   if constexpr (isa == Isa::AVX512 && std::is_same_v<A, float>) return largest_avx512(x, n);
+  else
 #endif
-  return largest_any<isa, T, A>(x, n);
+    return largest_any(x, n);
 }
 
 template <typename T, typename A>
@@ -251,19 +261,25 @@ struct Sums {
   double d = 0;        // sum of x - max x, which is T d
 };
 
+// What the next group of rows will read and write: fetched into the cache while this one computes.
+template <typename T>
+struct Ahead {
+  const T* x;
+  const T* grad;
+};
+
 // exp d for one block and its sums; `slope` is 1 / (T ln 2). With `keep` the exponentials go to `e`.
-template <Isa isa, bool keep, typename T, typename A>
-FERKD_INLINE void exponentials_any(const T* x, A* e, int64_t n, A largest, A slope, Sums& sums) {
-  A wide[RUN];
-  for (int64_t begin = 0; begin < n; begin += RUN) {  // with 4 or 8 lanes a longer float32 sum of like terms drifts beyond what 32 lanes
-    const int64_t count = std::min(RUN, n - begin);   // lose in a block
-    const A* run = run_of<isa>(x + begin, wide, count);
+template <bool keep, typename A>
+FERKD_INLINE void exponentials_any(const A* x, A* e, int64_t n, A largest, A slope, Sums& sums) {
+  constexpr int64_t RUN = 256;  // with 4 or 8 lanes a longer float32 sum of like terms drifts beyond what 32 lanes lose in a block
+  for (int64_t begin = 0; begin < n; begin += RUN) {
+    const int64_t end = std::min(n, begin + RUN);
     A rest = 0, at_largest = 0, sum_d = 0;
 #pragma omp simd reduction(+ : rest, at_largest, sum_d)
-    for (int64_t c = 0; c < count; ++c) {
-      const A d = run[c] - largest;
+    for (int64_t c = begin; c < end; ++c) {
+      const A d = x[c] - largest;
       const A value = exp2_of(d * slope);
-      if constexpr (keep) e[begin + c] = value;
+      if constexpr (keep) e[c] = value;
       rest += d == A(0) ? A(0) : value;  // so written that NaN reaches the sum
       at_largest += d == A(0) ? A(1) : A(0);
       sum_d += d;
@@ -289,7 +305,7 @@ FERKD_AVX512 FERKD_INLINE __m512 exp2_of(__m512 t) {
 }
 
 template <bool keep, typename T>
-FERKD_AVX512 void exponentials_avx512(const T* x, float* e, int64_t n, float largest, float slope, Sums& sums, const T* ahead) {
+FERKD_AVX512 void exponentials_avx512(const T* x, float* e, int64_t n, float largest, float slope, Sums& sums, Ahead<T> ahead) {
   const __m512 m = _mm512_set1_ps(largest), by = _mm512_set1_ps(slope), zero = _mm512_setzero_ps();
   __m512 rest[2] = {zero, zero}, sum_d[2] = {zero, zero};
   int64_t at_largest = 0;
@@ -304,7 +320,10 @@ FERKD_AVX512 void exponentials_avx512(const T* x, float* e, int64_t n, float lar
   };
   int64_t c = 0;
   for (; c + 32 <= n; c += 32) {
-    for (size_t line = 0; line < 32 * sizeof(T); line += 64) _mm_prefetch(reinterpret_cast<const char*>(ahead + c) + line, _MM_HINT_T0);
+    for (size_t line = 0; line < 32 * sizeof(T); line += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead.x + c) + line, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(ahead.grad + c) + line, _MM_HINT_T0);
+    }
     step(c, 0xffff, 0);
     step(c + 16, 0xffff, 1);
   }
@@ -317,7 +336,7 @@ FERKD_AVX512 void exponentials_avx512(const T* x, float* e, int64_t n, float lar
 // grad = exp d * slope - offset from the logits once more.
 template <typename T>
 FERKD_AVX512 void write_again_avx512(const T* x, T* grad, int64_t n, float largest, float exponent, float slope, float offset) {
-  const __m512 m = _mm512_set1_ps(largest), by = _mm512_set1_ps(exponent), slopes = _mm512_set1_ps(slope), offsets = _mm512_set1_ps(offset);
+  const __m512 m = _mm512_set1_ps(largest), by = _mm512_set1_ps(exponent), slopes = _mm512_set1_ps(plain_nan(slope)), offsets = _mm512_set1_ps(plain_nan(offset));
   const auto value = [&](int64_t c, __mmask16 mask) FERKD_AVX512 {
     const __m512 e = exp2_of(_mm512_mul_ps(_mm512_sub_ps(load16(x + c, mask), m), by));
     return _mm512_fmsub_ps(e, slopes, offsets);
@@ -328,27 +347,13 @@ FERKD_AVX512 void write_again_avx512(const T* x, T* grad, int64_t n, float large
 }
 #endif
 
-template <Isa isa, bool keep, typename T, typename A>
-FERKD_INLINE void exponentials(const T* x, A* e, int64_t n, A largest, A slope, Sums& sums, const T* ahead) {
+template <Isa isa, bool keep, typename X, typename A, typename T>
+FERKD_INLINE void exponentials(const X* x, A* e, int64_t n, A largest, A slope, Sums& sums, Ahead<T> ahead) {
 #if defined(__x86_64__)
-  if constexpr (isa == Isa::AVX512 && std::is_same_v<A, float>) return exponentials_avx512<keep>(x, e, n, largest, slope, sums, ahead);
+  if constexpr (isa == Isa::AVX512 && std::is_same_v<A, float>) exponentials_avx512<keep>(x, e, n, largest, slope, sums, ahead);
+  else
 #endif
-  exponentials_any<isa, keep>(x, e, n, largest, slope, sums);
-}
-
-template <Isa isa, typename T, typename A>
-FERKD_INLINE void write_again(const T* x, T* grad, int64_t n, A largest, A exponent, A slope, A offset) {
-#if defined(__x86_64__)
-  if constexpr (isa == Isa::AVX512 && std::is_same_v<A, float>) return write_again_avx512(x, grad, n, largest, exponent, slope, offset);
-#endif
-  A wide[RUN];
-  for (int64_t begin = 0; begin < n; begin += RUN) {
-    const int64_t count = std::min(RUN, n - begin);
-    const A* run = run_of<isa>(x + begin, wide, count);
-#pragma omp simd
-    for (int64_t c = 0; c < count; ++c) wide[c] = exp2_of((run[c] - largest) * exponent);
-    write_run<isa>(wide, grad + begin, count, slope, offset);
-  }
+    exponentials_any<keep>(x, e, n, largest, slope, sums);
 }
 
 // ------------------------------------------------------------------------------------------------ one row
@@ -385,6 +390,16 @@ struct Row {
   Pairs pairs;        // its increments
   Sums sums;
 };
+
+// Where pass 2 finds the logits: in the scratch after widening, which the exponentials then overwrite.
+template <bool widened, typename T, typename A>
+FERKD_INLINE auto logits_of(const Row<T, A>& row) {
+  if constexpr (widened) {
+    return static_cast<const A*>(row.e);
+  } else {
+    return row.x;
+  }
+}
 
 // Where the pairs of a mixed row lie.
 struct MixedPairs {
@@ -423,17 +438,19 @@ FERKD_INLINE void mix_labels(const LabelJob& labels, const AdaptedLabels& adapte
 template <typename T, typename A, Isa isa>
 FERKD_INLINE void loss_rows(const LossJob& job, int64_t begin, int64_t end) {
   constexpr bool narrow_type = !std::is_same_v<T, A>;
+  constexpr bool widened = narrow_type && isa != Isa::AVX512;  // AVX-512 widens in registers, the others into the scratch, once
   const int64_t C = job.classes, stride = job.row_stride;
-  const int64_t group = std::clamp<int64_t>(BLOCK / C, 1, GROUP);
+  const int64_t group = std::clamp<int64_t>(GROUP_BYTES / (C * int64_t(sizeof(T))), 1, GROUP);
   const LabelJob& labels = *job.labels;
   const T* const logits = static_cast<const T*>(job.logits);
   T* const grads = static_cast<T*>(job.grad);
   const bool stats = job.correct != nullptr;
   const double per_temperature = 1.0 / job.temperature, grad_scale = job.grad_scale, loss_scale = job.loss_scale;
   const A exponent = A(1.4426950408889634 / job.temperature);  // 1 / (T ln 2)
-  // Between the passes exp d lies where the gradient will be. That of half types lies in a block of scratch, or is computed again.
-  alignas(64) A scratch[narrow_type ? BLOCK : 1];
-  const bool keeps = !narrow_type || C <= BLOCK;
+  // Between the passes exp d lies where the gradient will be. That of half types lies in scratch which the first-level cache holds;
+  // where a row is too long for that, AVX-512 computes it again and the others, which take twice as long for it, use a longer scratch.
+  const bool keeps = !narrow_type || widened || C <= BLOCK;
+  std::vector<A> scratch(narrow_type && keeps ? group * C : 0);
   Row<T, A> rows[GROUP];
   MixedPairs mixed[GROUP];
 
@@ -454,11 +471,15 @@ FERKD_INLINE void loss_rows(const LossJob& job, int64_t begin, int64_t end) {
         row.grad = nullptr;
       }
       if constexpr (narrow_type) {
-        row.e = scratch + count * C;
+        row.e = scratch.data() + count * C;
       } else {
         row.e = row.grad;
       }
-      row.largest = largest_of<isa, T, A>(row.x, C);
+      if constexpr (widened) {
+        row.largest = read_run<isa>(row.x, row.e, C);
+      } else {
+        row.largest = largest_of<isa, A>(row.x, C);
+      }
       ++count;
     }
 
@@ -466,13 +487,15 @@ FERKD_INLINE void loss_rows(const LossJob& job, int64_t begin, int64_t end) {
     for (int r = 0; r < count; ++r) {
       Row<T, A>& row = rows[r];
       row.sums = {};
-      const T* ahead = row.b + group < end ? row.x + group * stride : row.x;
+      const int64_t next = row.b + group < end ? group : 0;
+      const Ahead<T> ahead{row.x + next * stride, row.grad == nullptr ? row.x : row.grad + next * C};
+      const auto* x = logits_of<widened>(row);
       for (int64_t c = 0; c < C; c += BLOCK) {
         const int64_t n = std::min(BLOCK, C - c);
         if (keeps && row.grad != nullptr) {
-          exponentials<isa, true>(row.x + c, row.e + c, n, row.largest, exponent, row.sums, ahead + c);
+          exponentials<isa, true>(x + c, row.e + c, n, row.largest, exponent, row.sums, Ahead<T>{ahead.x + c, ahead.grad + c});
         } else {
-          exponentials<isa, false>(row.x + c, static_cast<A*>(nullptr), n, row.largest, exponent, row.sums, ahead + c);
+          exponentials<isa, false>(x + c, static_cast<A*>(nullptr), n, row.largest, exponent, row.sums, Ahead<T>{ahead.x + c, ahead.grad + c});
         }
       }
     }
@@ -511,7 +534,9 @@ FERKD_INLINE void loss_rows(const LossJob& job, int64_t begin, int64_t end) {
       if (keeps) {
         write_run<isa>(row.e, row.grad, C, slope, offset);
       } else {
-        write_again<isa>(row.x, row.grad, C, row.largest, exponent, slope, offset);
+#if defined(__x86_64__)
+        if constexpr (narrow_type && !widened) write_again_avx512(row.x, row.grad, C, row.largest, exponent, slope, offset);
+#endif
       }
       for (int j = 0; j < row.pairs.count; ++j) narrow(at_ids[j], row.grad[row.pairs.ids[j]]);
     }
@@ -529,6 +554,7 @@ FERKD_INLINE void scale_rows(const ScaleJob& job, int64_t begin, int64_t end) {
 #pragma omp simd
       for (int64_t c = 0; c < C; ++c) grad[c] *= factor;
     } else {
+      constexpr int64_t RUN = 512;
       A wide[RUN];
       for (int64_t c = 0; c < C; c += RUN) {
         const int64_t n = std::min(RUN, C - c);
