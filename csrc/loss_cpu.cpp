@@ -1,4 +1,5 @@
-// The loss and its gradient on a CPU: one pass over a row's logits and one over its gradient, the row staying in cache between.
+// The loss and its gradient on a CPU: three passes over rows that stay in cache between them, so that memory sees one read of the logits
+// and one write of the gradient.
 //
 //     loss = S log(sum exp d) - beta sum d - sum_j delta_j d[i_j],      z = x / T,  d = z - max z
 //     d loss / d x[c] = (S softmax(z)[c] - beta - sum_j delta_j [c = i_j]) / T
@@ -27,12 +28,11 @@
 namespace ferkd::cpu {
 namespace {
 
-constexpr int64_t BLOCK = 4096;
-#ifndef GB
-#define GB 8192
-#endif
-constexpr int64_t GROUP_BYTES = GB;
-constexpr int GROUP = 16;
+constexpr int64_t BLOCK = 4096;              // classes whose sum may be float32
+constexpr int GROUP = 16;                    // rows that go through a pass together, at most
+constexpr int64_t GROUP_BYTES = 8192;        // their logits: these, their gradients and the next group's fit a first-level cache
+constexpr int64_t AHEAD_BYTES = 128 * 1024;  // a longer row is not fetched before its turn: it would push out the one in work
+constexpr int64_t KEPT = 8192;               // exponentials of half types that AVX-512 keeps between the passes, in the first-level cache
 
 struct BFloat16 {
   uint16_t bits;
@@ -172,7 +172,8 @@ FERKD_AVX512 void write_avx512(const float* e, T* to, int64_t n, float slope, fl
   const __m512 slopes = _mm512_set1_ps(plain_nan(slope)), offsets = _mm512_set1_ps(plain_nan(offset));
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
-    store32(_mm512_fmsub_ps(_mm512_loadu_ps(e + i), slopes, offsets), _mm512_fmsub_ps(_mm512_loadu_ps(e + i + 16), slopes, offsets), to + i);
+    const __m512 low = _mm512_fmsub_ps(_mm512_loadu_ps(e + i), slopes, offsets);
+    store32(low, _mm512_fmsub_ps(_mm512_loadu_ps(e + i + 16), slopes, offsets), to + i);
   }
   for (; i < n; i += 16) store16(_mm512_fmsub_ps(_mm512_maskz_loadu_ps(first(n - i), e + i), slopes, offsets), to + i, first(n - i));
 }
@@ -336,7 +337,8 @@ FERKD_AVX512 void exponentials_avx512(const T* x, float* e, int64_t n, float lar
 // grad = exp d * slope - offset from the logits once more.
 template <typename T>
 FERKD_AVX512 void write_again_avx512(const T* x, T* grad, int64_t n, float largest, float exponent, float slope, float offset) {
-  const __m512 m = _mm512_set1_ps(largest), by = _mm512_set1_ps(exponent), slopes = _mm512_set1_ps(plain_nan(slope)), offsets = _mm512_set1_ps(plain_nan(offset));
+  const __m512 m = _mm512_set1_ps(largest), by = _mm512_set1_ps(exponent);
+  const __m512 slopes = _mm512_set1_ps(plain_nan(slope)), offsets = _mm512_set1_ps(plain_nan(offset));
   const auto value = [&](int64_t c, __mmask16 mask) FERKD_AVX512 {
     const __m512 e = exp2_of(_mm512_mul_ps(_mm512_sub_ps(load16(x + c, mask), m), by));
     return _mm512_fmsub_ps(e, slopes, offsets);
@@ -384,7 +386,7 @@ struct Row {
   int64_t b;
   const T* x;
   T* grad;  // null when no gradient is wanted
-  A* e;     // where exp d is kept between the passes, or null
+  A* e;     // where exp d is kept between the passes; null where it is not
   A largest;
   double mass, base;  // S and beta of the label after mixing
   Pairs pairs;        // its increments
@@ -447,9 +449,9 @@ FERKD_INLINE void loss_rows(const LossJob& job, int64_t begin, int64_t end) {
   const bool stats = job.correct != nullptr;
   const double per_temperature = 1.0 / job.temperature, grad_scale = job.grad_scale, loss_scale = job.loss_scale;
   const A exponent = A(1.4426950408889634 / job.temperature);  // 1 / (T ln 2)
-  // Between the passes exp d lies where the gradient will be. That of half types lies in scratch which the first-level cache holds;
-  // where a row is too long for that, AVX-512 computes it again and the others, which take twice as long for it, use a longer scratch.
-  const bool keeps = !narrow_type || widened || C <= BLOCK;
+  // Between the passes exp d lies where the gradient will be. That of half types lies in a scratch that the first-level cache holds;
+  // for a longer row AVX-512 computes it again, and the others, which take twice as long for that, use a scratch as long as the row.
+  const bool keeps = !narrow_type || widened || C <= KEPT;
   std::vector<A> scratch(narrow_type && keeps ? group * C : 0);
   Row<T, A> rows[GROUP];
   MixedPairs mixed[GROUP];
@@ -471,7 +473,7 @@ FERKD_INLINE void loss_rows(const LossJob& job, int64_t begin, int64_t end) {
         row.grad = nullptr;
       }
       if constexpr (narrow_type) {
-        row.e = scratch.data() + count * C;
+        row.e = keeps ? scratch.data() + count * C : nullptr;
       } else {
         row.e = row.grad;
       }
@@ -487,15 +489,17 @@ FERKD_INLINE void loss_rows(const LossJob& job, int64_t begin, int64_t end) {
     for (int r = 0; r < count; ++r) {
       Row<T, A>& row = rows[r];
       row.sums = {};
-      const int64_t next = row.b + group < end ? group : 0;
-      const Ahead<T> ahead{row.x + next * stride, row.grad == nullptr ? row.x : row.grad + next * C};
+      const int64_t next = C * int64_t(sizeof(T)) <= AHEAD_BYTES && row.b + group < end ? group : 0;
+      const T* const next_x = row.x + next * stride;
+      const T* const next_grad = row.grad == nullptr ? row.x : row.grad + next * C;
       const auto* x = logits_of<widened>(row);
       for (int64_t c = 0; c < C; c += BLOCK) {
         const int64_t n = std::min(BLOCK, C - c);
+        const Ahead<T> ahead{next_x + c, next_grad + c};
         if (keeps && row.grad != nullptr) {
-          exponentials<isa, true>(x + c, row.e + c, n, row.largest, exponent, row.sums, Ahead<T>{ahead.x + c, ahead.grad + c});
+          exponentials<isa, true>(x + c, row.e + c, n, row.largest, exponent, row.sums, ahead);
         } else {
-          exponentials<isa, false>(x + c, static_cast<A*>(nullptr), n, row.largest, exponent, row.sums, Ahead<T>{ahead.x + c, ahead.grad + c});
+          exponentials<isa, false>(x + c, static_cast<A*>(nullptr), n, row.largest, exponent, row.sums, ahead);
         }
       }
     }
@@ -506,9 +510,10 @@ FERKD_INLINE void loss_rows(const LossJob& job, int64_t begin, int64_t end) {
       const double log_sum = std::log1p(row.sums.rest + (row.sums.largest - 1.0));
       if (stats) {
         const int64_t target = labels.target[row.b];
+        const bool is_largest = widen(row.x[target]) == row.largest && !contains(row.x, target, row.largest);  // lowest id wins a tie
+        job.correct[row.b] = is_largest && !std::isnan(log_sum);
         static_cast<A*>(job.logsumexp)[row.b] = A(double(row.largest) / job.temperature + log_sum);
-        job.correct[row.b] = A(widen(row.x[target])) == row.largest && !contains(row.x, target, row.largest) && !std::isnan(log_sum);
-        if (row.mass == 0.0) continue;  // the lowest id wins a tie
+        if (row.mass == 0.0) continue;
       }
       double loss = row.mass * log_sum;
       if (row.base != 0.0) loss -= row.base * (row.sums.d * per_temperature);
@@ -653,11 +658,12 @@ void adapt_row(const LabelJob& job, const AdaptedLabels& out, int64_t b, const i
   out.fault[b] = check_row(job, b, ids, probs);
   Label label{0, 0, 0, DISCARDED};
   if (out.fault[b] == Fault::NONE) {
-    label = adapt_label<A>(ids, probs, job.k, job.target[b], job.classes, job.policy, job.temperature, job.renorm, out.ids + b * job.k,
-                           out.deltas + b * job.k);
-    int count = 0;
-    for (int j = 0; j < label.count; ++j) count = add_pair(out.ids + b * job.k, out.deltas + b * job.k, count, out.ids[b * job.k + j], out.deltas[b * job.k + j]);
-    label.count = count;
+    int32_t* const pair_ids = out.ids + b * job.k;
+    double* const deltas = out.deltas + b * job.k;
+    label = adapt_label<A>(ids, probs, job.k, job.target[b], job.classes, job.policy, job.temperature, job.renorm, pair_ids, deltas);
+    int pairs = 0;
+    for (int j = 0; j < label.count; ++j) pairs = add_pair(pair_ids, deltas, pairs, pair_ids[j], deltas[j]);
+    label.count = pairs;
   }
   out.mass[b] = label.mass;
   out.base[b] = label.base;

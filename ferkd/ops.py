@@ -195,6 +195,7 @@ def _logits_gradient(ctx: Any, upstream: Tensor | None, second: Tensor | None) -
         raise RuntimeError("ferkd_loss: it is differentiable once; its gradient was itself differentiated (create_graph=True, nested grad)")
     if upstream is None:
         return None
+    grad: Tensor
     grad, promised = ctx.saved_tensors
     if grad.dim() != 2:
         raise RuntimeError("ferkd_loss: the op was run with with_grad=False and has no gradient")
@@ -204,7 +205,7 @@ def _logits_gradient(ctx: Any, upstream: Tensor | None, second: Tensor | None) -
         return grad.detach() if alone else grad.clone()
     if not alone:
         return _scaled(grad, upstream)
-    own: Tensor = grad.detach()
+    own = grad.detach()
     _SCALE(own, upstream)
     return own
 
