@@ -48,6 +48,7 @@ type: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python bench/bench_loss.py
+	$(BIN)/python bench/plot_loss.py
 	$(BIN)/python bench/bench_store.py
 
 demo: $(VENV)/.demo

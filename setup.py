@@ -106,7 +106,7 @@ def extensions() -> "tuple[list, dict]":
         CppExtension(
             "ferkd._C",
             ["csrc/bindings.cpp", "csrc/loss_cpu.cpp"],
-            depends=["csrc/label_math.h", "csrc/loss_cpu.h"],
+            depends=["csrc/arguments.h", "csrc/label_math.h", "csrc/loss_cpu.h"],
             py_limited_api=True,
             extra_compile_args={"cxx": CXX_FLAGS + STABLE_ABI},
         )
@@ -118,8 +118,8 @@ def extensions() -> "tuple[list, dict]":
         modules.append(
             CUDAExtension(
                 "ferkd._C_cuda",
-                ["csrc/bindings_cuda.cpp", "csrc/scale_cuda.cu"],
-                depends=["csrc/scale_cuda.h"],
+                ["csrc/bindings_cuda.cpp", "csrc/loss_cuda.cu"],
+                depends=["csrc/arguments.h", "csrc/label_math.h", "csrc/loss_cuda.h", "csrc/simt.h"],
                 py_limited_api=True,
                 extra_compile_args={
                     "cxx": [*CXX_FLAGS, *STABLE_ABI, "-DUSE_CUDA"],

@@ -2,6 +2,9 @@
 
 Every baseline takes (logits [B, C], ids [B, k] int64, probs [B, k], target [B] int64, policy) and returns the mean loss, with the
 gradient through autograd. All but FKD's follow the region policy, at temperature 1 with a smooth tail.
+
+HARD_LABEL_LOSSES look at the target alone. They compute another loss and stand beside the table as a yardstick: what people pay today
+for the plainest loss there is, unfused (PyTorch's) and fused (Liger-Kernel's).
 """
 
 from __future__ import annotations
@@ -68,7 +71,33 @@ def eager_sparse(logits: Tensor, ids: Tensor, probs: Tensor, target: Tensor, pol
     return torch.where(alive, rows, 0.0).sum() / alive.sum().clamp_min(1)
 
 
+def hard_labels(logits: Tensor, ids: Tensor, probs: Tensor, target: Tensor, policy: RegionPolicy) -> Tensor:
+    """PyTorch's cross_entropy with the ground truth softened as the policy would: another loss, no teacher in it."""
+    return F.cross_entropy(logits, target, label_smoothing=policy.smoothing)
+
+
+def liger_hard_labels() -> tuple[Baseline | None, str]:
+    """Liger-Kernel's fused cross_entropy of hard labels with label smoothing, or None; and why it is missing.
+
+    It writes the gradient over the logits, so that a second call reads what the first wrote, and it waits for the device in every
+    forward (`.item()` of the number of rows).
+    """
+    try:
+        from liger_kernel.transformers.functional import liger_cross_entropy  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        return None, f"not importable ({error})"
+    if not torch.cuda.is_available():
+        return None, "its kernels need a GPU"
+
+    def liger(logits: Tensor, ids: Tensor, probs: Tensor, target: Tensor, policy: RegionPolicy) -> Tensor:
+        loss: Tensor = liger_cross_entropy(logits, target, label_smoothing=policy.smoothing)
+        return loss
+
+    return liger, ""
+
+
 BASELINES: dict[str, Baseline] = {"fkd": fkd, "eager_dense": eager_dense, "eager_sparse": eager_sparse}
+HARD_LABEL_LOSSES: dict[str, Baseline] = {"hard_labels": hard_labels}
 
 
 def compiled_baselines() -> dict[str, Baseline]:

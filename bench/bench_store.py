@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,12 +30,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ferkd.crops import CropSettings, draw_crops
-from ferkd.records import crop_bytes, pack_boxes, pack_labels
+from ferkd.records import BoxCodec, LabelCodec, crop_bytes, pack_boxes, pack_labels
 from ferkd.store import LabelledImage, LabelStore, PathTable, StorePlan, StoreWriter
 
 CROPS, K, CLASSES, M = 200, 5, 1000, 4
 WIDTH, HEIGHT = 500, 375
-LAYOUTS = {"exact": ("stored", "half"), "compact": ("replayed", "packed")}
+LAYOUTS: dict[str, tuple[BoxCodec, LabelCodec]] = {"exact": ("stored", "half"), "compact": ("replayed", "packed")}
 
 
 def answers(image: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -124,7 +125,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[int],
         "ferkd compact, labels only",
     ],
 )
-def test_visit(benchmark, small, variant):
+def test_visit(benchmark: Any, small: Any, variant: str) -> None:
     order = np.random.default_rng(1).integers(0, 128, 64).tolist()
     benchmark(lambda: [small[variant](image) for image in order])
 
@@ -174,7 +175,7 @@ def main() -> None:
         print(f"\n{'bytes a crop':<30} {'record':>8} {'on disk, all':>14}")
         for kind, size in bytes_a_crop(folder, options.images):
             layout = LAYOUTS.get(kind.removeprefix("ferkd "))
-            print(f"{kind:<30} {crop_bytes(*layout, K, CLASSES) if layout else '':>8} {size:>14.1f}")  # type: ignore[arg-type]
+            print(f"{kind:<30} {crop_bytes(*layout, K, CLASSES) if layout else '':>8} {size:>14.1f}")
     out = Path(os.environ.get("OUT", Path(__file__).parent / "results"))
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "store.csv", "w", newline="") as file:

@@ -15,6 +15,7 @@
 #include <tuple>
 #include <utility>
 
+#include "arguments.h"
 #include "loss_cpu.h"
 
 namespace {
@@ -24,101 +25,7 @@ using torch::stable::Tensor;
 using namespace ferkd;
 using cpu::AdaptedLabels;
 using cpu::Dtype;
-using cpu::LabelJob;
 using cpu::LossJob;
-
-void require(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(what);
-}
-
-// ferkd/loss.py refuses wrong arguments with better words; here stands what memory is safe by, for calls of the operator itself.
-void require_layout(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& probs, const Tensor& target,
-                    const std::optional<Tensor>& partner, const std::optional<Tensor>& lam, const std::string& codec, int64_t k) {
-  require(logits.dim() == 2 && logits.size(1) >= 2 && logits.stride(1) == 1, "logits: they must be [B, C] with C >= 2 and a last stride of 1");
-  const int64_t B = logits.size(0), C = logits.size(1);
-  require(k >= 1 && k <= MAX_K && k <= C, "k: it must be from 1 to 64 and at most C");
-  const bool pairs = codec == "pairs";
-  require(pairs || codec == "half" || codec == "packed", "codec: it must be pairs, half or packed");
-  require(pairs == probs.has_value(), "probs: given with codec pairs and with no other");
-  const int64_t width = pairs ? k : label_words(codec == "half" ? Codec::HALF : Codec::PACKED, int(k), C);
-  require(labels.dim() == 2 && labels.size(0) == B && labels.size(1) == width && labels.is_contiguous(), "labels: wrong shape or not contiguous");
-  require(!probs || (probs->dim() == 2 && probs->size(0) == B && probs->size(1) == k && probs->is_contiguous() &&
-                     (probs->scalar_type() == ScalarType::Float || probs->scalar_type() == ScalarType::Double)),
-          "probs: they must be [B, k] float32 or float64 and contiguous");
-  const auto is_row = [B](const Tensor& tensor) { return tensor.dim() == 1 && tensor.size(0) == B && tensor.is_contiguous(); };
-  require(is_row(target), "target: it must be [B] and contiguous");
-  require(partner.has_value() == lam.has_value() && (!partner || (is_row(*partner) && is_row(*lam))),
-          "mix: partner and lam come together, [B] and contiguous");
-}
-
-// The labels of an operator call whose layout is as required.
-LabelJob label_job(const Tensor& labels, const std::optional<Tensor>& probs, const Tensor& target, const std::optional<Tensor>& partner,
-                   const std::optional<Tensor>& lam, const std::string& codec, int64_t k, int64_t classes, double discard_below,
-                   double calibrate_below, double discard_above, double smoothing, const std::string& confidence, double temperature,
-                   const std::string& tail) {
-  LabelJob job{};
-  job.codec = codec == "pairs" ? Codec::PAIRS : codec == "half" ? Codec::HALF : Codec::PACKED;
-  if (job.codec == Codec::PAIRS) {
-    job.ids = labels.const_data_ptr<int64_t>();
-    job.probs = probs->const_data_ptr();
-    job.probs_are_double = probs->scalar_type() == ScalarType::Double;
-  } else {
-    job.words = reinterpret_cast<const uint32_t*>(labels.const_data_ptr<int32_t>());
-    job.width = labels.size(1);
-  }
-  job.k = int(k);
-  job.target = target.const_data_ptr<int64_t>();
-  job.partner = partner ? partner->const_data_ptr<int64_t>() : nullptr;
-  job.lam = lam ? lam->const_data_ptr<float>() : nullptr;
-  job.rows = labels.size(0);
-  job.classes = classes;
-  job.policy = {discard_below, calibrate_below, discard_above, smoothing, confidence == "target"};
-  job.temperature = temperature;
-  job.renorm = tail == "renorm";
-  return job;
-}
-
-// Row b's ids and probabilities, for the words of an error.
-void read_row(const LabelJob& job, int64_t b, int64_t* ids, double* probs) {
-  float narrow[MAX_K];
-  if (job.codec == Codec::HALF) unpack_half(job.words + b * job.width, job.k, job.classes, ids, narrow);
-  if (job.codec == Codec::PACKED) unpack_packed(job.words + b * job.width, job.k, job.classes, ids, narrow);
-  for (int j = 0; j < job.k; ++j) {
-    if (job.codec != Codec::PAIRS) {
-      probs[j] = narrow[j];
-      continue;
-    }
-    const int64_t at = b * job.k + j;
-    ids[j] = job.ids[at];
-    probs[j] = job.probs_are_double ? static_cast<const double*>(job.probs)[at] : static_cast<const float*>(job.probs)[at];
-  }
-}
-
-[[noreturn]] void refuse(const LabelJob& job, int64_t b, Fault fault) {
-  const std::string row = " in row " + std::to_string(b);
-  const std::string span = "; the logits have " + std::to_string(job.classes) + " classes, 0 to " + std::to_string(job.classes - 1);
-  if (fault == Fault::ID || fault == Fault::PROBABILITY) {
-    int64_t ids[MAX_K];
-    double probs[MAX_K];
-    read_row(job, b, ids, probs);
-    for (int j = 0; j < job.k; ++j) {
-      if (ids[j] < 0 || ids[j] >= job.classes) {
-        throw std::invalid_argument("labels: class id " + std::to_string(ids[j]) + row + span);
-      }
-      if (!(probs[j] >= 0.0 && probs[j] <= 1.0)) {
-        throw std::invalid_argument("labels: probability " + std::to_string(probs[j]) + row + "; every probability must be from 0 to 1");
-      }
-    }
-  }
-  if (fault == Fault::TARGET) {
-    throw std::invalid_argument("target: class id " + std::to_string(job.target[b]) + row + span);
-  }
-  if (fault == Fault::PARTNER) {
-    throw std::invalid_argument("mix: partner " + std::to_string(job.partner[b]) + row + "; the batch has " + std::to_string(job.rows) +
-                                " rows");
-  }
-  throw std::invalid_argument("mix: lam " + std::to_string(job.lam[b]) + row + "; every lam must be from 0 to 1");
-}
 
 // Memory for a batch's labels and losses, in one piece: B and k decide how much, and none of it needs a first value.
 class Workspace {
@@ -149,7 +56,7 @@ void adapt(const LabelJob& job, bool is_double, const AdaptedLabels& labels) {
   const int64_t grain = std::max<int64_t>(1, (job.temperature == 1.0 ? 2048 : 256) / job.k);
   torch::stable::parallel_for(0, job.rows, grain, [&](int64_t begin, int64_t end) { adapt_rows(job, labels, begin, end); });
   for (int64_t b = 0; b < job.rows; ++b) {  // an exception inside the loop would reach the caller as a RuntimeError
-    if (labels.fault[b] != Fault::NONE) refuse(job, b, labels.fault[b]);
+    if (labels.fault[b] != Fault::NONE) refuse(job, b, labels.fault[b], b);
   }
 }
 

@@ -639,30 +639,22 @@ Kernels kernels(Dtype dtype, const std::string& isa) {
   }
 }
 
-template <typename P>
-Fault check_row(const LabelJob& job, int64_t b, const int64_t* ids, const P* probs) {
-  for (int j = 0; j < job.k; ++j) {
-    if (ids[j] < 0 || ids[j] >= job.classes) return Fault::ID;
-    if (!(probs[j] >= P(0) && probs[j] <= P(1))) return Fault::PROBABILITY;  // so written that NaN is wrong too
-  }
-  if (job.target[b] < 0 || job.target[b] >= job.classes) return Fault::TARGET;
-  if (job.lam != nullptr) {
-    if (job.partner[b] < 0 || job.partner[b] >= job.rows) return Fault::PARTNER;
-    if (!(job.lam[b] >= 0.0f && job.lam[b] <= 1.0f)) return Fault::LAM;
-  }
-  return Fault::NONE;
-}
+}  // namespace
 
 template <typename A, typename P>
-void adapt_row(const LabelJob& job, const AdaptedLabels& out, int64_t b, const int64_t* ids, const P* probs) {
-  out.fault[b] = check_row(job, b, ids, probs);
+void adapt_row(const LabelJob& job, const AdaptedLabels& out, int64_t b) {
   Label label{0, 0, 0, DISCARDED};
+  out.fault[b] = fault_of(job, b);
   if (out.fault[b] == Fault::NONE) {
-    int32_t* const pair_ids = out.ids + b * job.k;
-    double* const deltas = out.deltas + b * job.k;
-    label = adapt_label<A>(ids, probs, job.k, job.target[b], job.classes, job.policy, job.temperature, job.renorm, pair_ids, deltas);
+    int32_t* ids = out.ids + b * job.k;
+    double* deltas = out.deltas + b * job.k;
+    each_pair(job, b, [&](int j, int64_t id, auto p) {
+      ids[j] = int32_t(id);
+      deltas[j] = double(p);
+    });
+    label = adapt_label<A, P>(Alone(), ids, deltas, job.k, job.target[b], job.classes, job.policy, job.exponent, job.renorm, ids, deltas);
     int pairs = 0;
-    for (int j = 0; j < label.count; ++j) pairs = add_pair(pair_ids, deltas, pairs, pair_ids[j], deltas[j]);
+    for (int j = 0; j < label.count; ++j) pairs = add_pair(ids, deltas, pairs, ids[j], deltas[j]);
     label.count = pairs;
   }
   out.mass[b] = label.mass;
@@ -671,29 +663,14 @@ void adapt_row(const LabelJob& job, const AdaptedLabels& out, int64_t b, const i
   out.region[b] = label.region;
 }
 
-}  // namespace
-
 template <typename A>
 void adapt_rows(const LabelJob& job, const AdaptedLabels& out, int64_t begin, int64_t end) {
-  int64_t ids[MAX_K];
-  float probs[MAX_K];
   for (int64_t b = begin; b < end; ++b) {
-    if (job.codec == Codec::PAIRS) {
-      const int64_t* row_ids = job.ids + b * job.k;
-      if (job.probs_are_double) {
-        adapt_row<A>(job, out, b, row_ids, static_cast<const double*>(job.probs) + b * job.k);
-      } else {
-        adapt_row<A>(job, out, b, row_ids, static_cast<const float*>(job.probs) + b * job.k);
-      }
-      continue;
-    }
-    const uint32_t* words = job.words + b * job.width;
-    if (job.codec == Codec::HALF) {
-      unpack_half(words, job.k, job.classes, ids, probs);
+    if (job.probs_are_double) {
+      adapt_row<A, double>(job, out, b);
     } else {
-      unpack_packed(words, job.k, job.classes, ids, probs);
+      adapt_row<A, float>(job, out, b);
     }
-    adapt_row<A>(job, out, b, ids, probs);
   }
 }
 template void adapt_rows<float>(const LabelJob&, const AdaptedLabels&, int64_t, int64_t);

@@ -9,24 +9,6 @@ namespace ferkd::cpu {
 
 enum class Dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
-// The labels as they arrive. Exactly one of `words` (records) and `ids` with `probs` (pairs) is set.
-struct LabelJob {
-  Codec codec;
-  const uint32_t* words;   // [B, width]
-  int64_t width;
-  const int64_t* ids;      // [B, k]
-  const void* probs;       // [B, k] float32 or float64
-  bool probs_are_double;
-  int k;
-  const int64_t* target;   // [B]
-  const int64_t* partner;  // [B], or null without mix
-  const float* lam;        // [B], or null without mix
-  int64_t rows, classes;
-  Policy policy;
-  double temperature;
-  bool renorm;
-};
-
 // The labels after their own region's rule, before mixing.
 struct AdaptedLabels {
   double* mass;    // S [B]

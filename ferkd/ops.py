@@ -1,7 +1,8 @@
 """The torch.library operators: schemas, fakes, autograd and the choice of backend. The only file that knows backends.
 
 Every backend is one op of the same schema, so that a graph or a profile shows which one ran: `ferkd::loss_reference`,
-`ferkd::loss_cpu`, `ferkd::loss_triton`, `ferkd::loss_cuda`. The gradient is computed in the forward and kept for the backward, which multiplies it by the upstream gradient.
+`ferkd::loss_cpu`, `ferkd::loss_triton`, `ferkd::loss_cuda`. The gradient is computed in the forward and kept for the backward,
+which multiplies it by the upstream gradient.
 
     loss, grad, region, correct, logsumexp = torch.ops.ferkd.loss_cpu(logits, labels, probs, target, ...)
 
@@ -20,6 +21,7 @@ Every backend is one op of the same schema, so that a graph or a profile shows w
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import logging
@@ -51,6 +53,7 @@ for _name in BACKENDS:
     _library.define(f"loss_{_name}{_SCHEMA}", tags=torch.Tag.pt2_compliant_tag)
 _library.define("scale_(Tensor(a!) grad, Tensor upstream) -> ()", tags=torch.Tag.pt2_compliant_tag)
 _library.define("cpu_isa() -> str")
+_library.define("cuda_why_not(int device) -> str")
 
 
 # ------------------------------------------------------------------------------------------------ backends
@@ -79,7 +82,9 @@ def why_not(impl: str, device: str, dtype: torch.dtype = torch.float32) -> str |
     if dtype == torch.float64:
         return "it computes in float32, and the logits are float64"
     if impl == "cuda":
-        return f"the logits are on {device}" if device != "cuda" else _NO_CUDA
+        if device != "cuda":
+            return f"the logits are on {device}"
+        return _NO_CUDA if _NO_CUDA is not None else _why_not_on_gpu(torch.cuda.current_device())
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if importlib.util.find_spec("ferkd.kernels") is None:
@@ -87,6 +92,11 @@ def why_not(impl: str, device: str, dtype: torch.dtype = torch.float32) -> str |
     if device == "cpu" and not _interpreted():
         return "the logits are on cpu (Triton's interpreter, TRITON_INTERPRET=1, is for tests)"
     return None
+
+
+@functools.cache
+def _why_not_on_gpu(index: int) -> str | None:
+    return str(torch.ops.ferkd.cuda_why_not(index)) or None
 
 
 def _interpreted() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cuda_on_cpu
 import numpy as np
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ferkd import Region, RegionPolicy, ops
+from ferkd.records import pack_labels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -18,25 +20,46 @@ CPU = pytest.param("cpu", marks=pytest.mark.skipif(_WHY_NO_CPU is not None, reas
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _WHY_NO_TRITON = ops.why_not("triton", DEVICE)
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(_WHY_NO_TRITON is not None, reason=str(_WHY_NO_TRITON)))
-IMPLS = ("reference", CPU, TRITON)
+# And the CUDA kernels' source runs on fibers (tests/cuda_on_cpu.py).
+_WHY_NO_CUDA = ops.why_not("cuda", "cuda") if DEVICE == "cuda" else cuda_on_cpu.load()
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(_WHY_NO_CUDA is not None, reason=str(_WHY_NO_CUDA)))
+IMPLS = ("reference", CPU, TRITON, CUDA)
+FLOAT64_IMPLS = ("reference", CPU)
+ON_GPU = ("triton", "cuda")  # float32, bfloat16 and float16; there data are checked under validate=True alone
 
 # Everything a row can be, at once: about a tenth each discarded (below and above) and calibrated, the rest kept.
 POLICY = RegionPolicy(discard_below=0.2, calibrate_below=0.4, discard_above=0.98)
 
 
+def device():
+    """Where a test's tensors belong: tests/conftest.py makes the GPU the default device of tests of its backends."""
+    return torch.get_default_device()
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    """Uniform numbers from 0 to 1, the same on every device."""
+    return torch.rand(*shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=dtype, device="cpu").to(device())
+
+
 def labels(batch, classes, k, seed=0, dtype=torch.float32):
     """(ids, probs, target): teachers from unsure to 0.99999 sure, probabilities falling, the target among the k about half the time."""
-    generator = torch.Generator().manual_seed(seed)
-    sharpness = torch.linspace(0.0, 14.0, batch, dtype=torch.float64)[:, None]
-    answers = torch.softmax(torch.randn(batch, classes, generator=generator, dtype=torch.float64) * sharpness, dim=1)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    sharpness = torch.linspace(0.0, 14.0, batch, dtype=torch.float64, device="cpu")[:, None]
+    answers = torch.softmax(torch.randn(batch, classes, generator=generator, dtype=torch.float64, device="cpu") * sharpness, dim=1)
     probs, ids = answers.topk(k)
-    target = torch.where(torch.rand(batch, generator=generator) < 0.5, ids[:, 0], torch.randint(classes, (batch,), generator=generator))
-    return ids, probs.to(dtype), target
+    known = torch.rand(batch, generator=generator, device="cpu") < 0.5
+    target = torch.where(known, ids[:, 0], torch.randint(classes, (batch,), generator=generator, device="cpu"))
+    return ids.to(device()), probs.to(device(), dtype), target.to(device())
 
 
 def logits(batch, classes, dtype=torch.float32, seed=1, scale=3.0):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(batch, classes, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return (torch.randn(batch, classes, generator=generator, dtype=torch.float64, device="cpu") * scale).to(dtype).to(device())
+
+
+def words_of(ids, probs, codec, classes):
+    """The words of records, [B, W] int32, as a store would hold these answers."""
+    return torch.from_numpy(pack_labels(ids.cpu().numpy(), probs.cpu().numpy(), codec, classes).view("int32")).to(device())
 
 
 def dense_label(ids, probs, target, classes, policy, temperature=1.0, tail="smooth"):
@@ -84,10 +107,11 @@ def dense_label(ids, probs, target, classes, policy, temperature=1.0, tail="smoo
 def oracle(x, ids, probs, target, *, policy, temperature=1.0, tail="smooth", mix=None, reduction="mean", tau_squared=False):
     """(loss, gradient, regions, mass) in float64: dense labels, torch's own cross_entropy and autograd."""
     classes = x.shape[1]
+    x, ids, probs, target = x.cpu(), ids.cpu(), probs.cpu(), target.cpu()
     rows = [dense_label(i, p, t, classes, policy, temperature, tail) for i, p, t in zip(ids, probs, target, strict=True)]
-    y = torch.from_numpy(np.stack([row for row, _ in rows])) if rows else torch.zeros(0, classes, dtype=torch.float64)
+    y = torch.from_numpy(np.stack([row for row, _ in rows])) if rows else torch.zeros(0, classes, dtype=torch.float64, device="cpu")
     if mix is not None:
-        partner, lam = mix[0], mix[1].double()[:, None]
+        partner, lam = mix[0].cpu(), mix[1].cpu().double()[:, None]
         y = lam * y + (1.0 - lam) * y[partner]
     x = x.detach().double().requires_grad_()
     loss = F.cross_entropy(x / temperature, y, reduction="none") * (temperature**2 if tau_squared else 1.0)
@@ -96,7 +120,8 @@ def oracle(x, ids, probs, target, *, policy, temperature=1.0, tail="smooth", mix
     if reduction == "mean":
         loss = loss / max(float(y.sum()), 1e-300)
     (gradient,) = torch.autograd.grad(loss.sum(), x)
-    return loss.detach(), gradient, torch.tensor([int(region) for _, region in rows], dtype=torch.int8), y.sum(dim=1)
+    regions = torch.tensor([int(region) for _, region in rows], dtype=torch.int8)
+    return loss.detach().to(device()), gradient.to(device()), regions.to(device()), y.sum(dim=1).to(device())
 
 
 def assert_close(loss, gradient, expected_loss, expected_gradient, dtype):

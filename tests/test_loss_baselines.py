@@ -10,7 +10,7 @@ from loss_cases import labels, logits
 from ferkd import RegionPolicy, ferkd_loss
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench.baselines import BASELINES
+from bench.baselines import BASELINES, hard_labels
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -33,3 +33,14 @@ def test_baseline_compiles_to_one_graph(name):
     x, policy = logits(20, 50), RegionPolicy(discard_below=0.2, calibrate_below=0.4)
     run = torch.compile(BASELINES[name], backend="eager", fullgraph=True)
     torch.testing.assert_close(run(x, ids, probs, target, policy), BASELINES[name](x, ids, probs, target, policy))
+
+
+def test_hard_labels_are_what_is_left_when_every_crop_is_calibrated():
+    """PyTorch spreads the smoothing over all classes, ferkd over the others: the same loss for s = smoothing (C - 1) / C."""
+    classes = 50
+    ids, probs, target = labels(20, classes, 5)
+    x = logits(20, classes)
+    theirs = RegionPolicy(smoothing=0.1)
+    ours = RegionPolicy(calibrate_below=1.0, smoothing=0.1 * (classes - 1) / classes)
+    found = hard_labels(x, ids, probs, target, theirs)
+    torch.testing.assert_close(found, ferkd_loss(x, (ids, probs), target, policy=ours, impl="reference"), rtol=1e-5, atol=1e-6)

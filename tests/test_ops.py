@@ -13,13 +13,12 @@ import torch
 import torch._dynamo.testing
 import torch.distributed as dist
 import torch.nn.functional as F
-from loss_cases import DTYPES, IMPLS, POLICY, OpsRun, labels, logits
+from loss_cases import DTYPES, FLOAT64_IMPLS, IMPLS, POLICY, OpsRun, device, labels, logits, words_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ferkd import FerKDLoss, Records, RegionPolicy, ferkd_loss, ops
 from ferkd.loss import label_mass
-from ferkd.records import pack_labels
 
 ROOT = Path(__file__).resolve().parents[1]
 B, C, K = 8, 50, 3
@@ -50,7 +49,7 @@ def test_opcheck(impl):
     x, pairs, target = problem()
     mix = (torch.arange(B).roll(1), torch.rand(B))
     scalars = (torch.tensor(5.0), torch.tensor(2.0))
-    words = torch.from_numpy(pack_labels(pairs[0].numpy(), pairs[1].numpy(), "half", C).view("int32"))
+    words = words_of(*pairs, "half", C)
     torch.library.opcheck(op, arguments(x, pairs, target))
     torch.library.opcheck(op, arguments(x, words, target, codec="half", reduction="none", mix=mix))
     torch.library.opcheck(op, arguments(x.detach().bfloat16(), pairs, target, with_grad=False, scalars=scalars))
@@ -88,7 +87,7 @@ def test_the_cpu_op_itself_refuses_what_it_could_not_read_safely():
         torch.ops.ferkd.scale_(torch.ones(B, C), torch.ones(B, 1))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", FLOAT64_IMPLS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_gradcheck(reduction, impl):
     x, pairs, target = problem(dtype=torch.float64)
@@ -232,6 +231,8 @@ def test_a_promised_upstream_gradient_is_in_the_stored_one_and_is_checked(dtype,
         (found,) = torch.autograd.grad(loss * scale, x)
     assert ran.names == []
     torch.testing.assert_close(found, expected.to(dtype), rtol=1e-3 if dtype == torch.float16 else 1e-5, atol=1e-6)
+    if device().type != "cpu":
+        return  # there a broken promise is an assertion on the device, which ends the process's use of it
     with pytest.raises(RuntimeError, match=r"not the `upstream` promised in the forward \(1.0 instead of 65536.0\)"):
         ferkd_loss(x, pairs, target, impl=impl, upstream=scale).backward()
     rows = ferkd_loss(x, pairs, target, impl=impl, reduction="none", upstream=scale)
@@ -257,7 +258,7 @@ def test_the_cuda_part_scales_by_an_expanded_upstream_gradient():
 def test_autocast(impl):
     torch.manual_seed(0)
     model, (x, pairs, target) = nn.Linear(C, C), problem()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device().type, dtype=torch.bfloat16):
         out = model(x.detach())
         assert out.dtype == torch.bfloat16
         loss = ferkd_loss(out, pairs, target, policy=POLICY, impl=impl)
@@ -279,7 +280,7 @@ def test_grad_scaler_with_its_scale_promised_keeps_float16_gradients_alive(impl)
     for promised in (False, True):
         weight = start.clone().requires_grad_()
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+        scaler = torch.amp.GradScaler(device().type, init_scale=2.0**14)
         upstream = scaler.scale(torch.ones(())) if promised else None
         loss = ferkd_loss(weight, (ids, probs), target, impl=impl, upstream=upstream, normalizer=torch.tensor(1024.0))
         scaler.scale(loss).backward()
@@ -295,7 +296,7 @@ def test_grad_scaler_steps(impl):
     x, pairs, target = problem()
     model, plain = nn.Linear(C, C), nn.Linear(C, C)
     plain.load_state_dict(model.state_dict())
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(device().type, init_scale=1024.0)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, plain)]
     scaler.scale(ferkd_loss(model(x.detach()), pairs, target, impl=impl, upstream=scaler.scale(torch.ones(())))).backward()
     scaler.step(optimizers[0])
@@ -328,7 +329,7 @@ def test_saved_tensor_hooks(impl):
         packed.append(tensor.shape)
         return tensor.numpy(force=True)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, torch.from_numpy):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda array: torch.from_numpy(array).to(device())):
         loss = ferkd_loss(x, pairs, target, policy=POLICY, impl=impl)
     for _ in range(2):
         torch.testing.assert_close(torch.autograd.grad(loss * 2, x, retain_graph=True)[0], expected)
@@ -380,7 +381,7 @@ def test_fullgraph_with_a_dynamic_batch_compiles_once(impl, fresh_compiler):
 def test_compiled_records_and_promise(fresh_compiler):
     impl = ops.choose("auto", "cpu")
     x, pairs, target = problem()
-    words = torch.from_numpy(pack_labels(pairs[0].numpy(), pairs[1].numpy(), "half", C).view("int32"))
+    words = words_of(*pairs, "half", C)
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def run(x, words, target, scale):
