@@ -639,39 +639,50 @@ Kernels kernels(Dtype dtype, const std::string& isa) {
   }
 }
 
-}  // namespace
+bool has_fault(const LabelJob& job, int64_t b, bool pairs_are_right) {
+  if (!pairs_are_right || job.target[b] < 0 || job.target[b] >= job.classes) return true;
+  return job.lam != nullptr && (job.partner[b] < 0 || job.partner[b] >= job.rows || !is_probability(job.lam[b]));
+}
 
-template <typename A, typename P>
-void adapt_row(const LabelJob& job, const AdaptedLabels& out, int64_t b) {
-  Label label{0, 0, 0, DISCARDED};
-  out.fault[b] = fault_of(job, b);
-  if (out.fault[b] == Fault::NONE) {
+// The codec and the probabilities' type are told to the compiler, so that they are not asked for at each pair.
+template <typename A, typename P, Codec codec>
+void adapt_rows_of(LabelJob job, const AdaptedLabels& out, int64_t begin, int64_t end) {
+  job.codec = codec;
+  job.probs_are_double = std::is_same_v<P, double>;
+  for (int64_t b = begin; b < end; ++b) {
     int32_t* ids = out.ids + b * job.k;
     double* deltas = out.deltas + b * job.k;
+    bool pairs_are_right = true;
     each_pair(job, b, [&](int j, int64_t id, auto p) {
+      pairs_are_right &= uint64_t(id) < uint64_t(job.classes) && is_probability(p);
       ids[j] = int32_t(id);
       deltas[j] = double(p);
     });
-    label = adapt_label<A, P>(Alone(), ids, deltas, job.k, job.target[b], job.classes, job.policy, job.exponent, job.renorm, ids, deltas);
-    int pairs = 0;
-    for (int j = 0; j < label.count; ++j) pairs = add_pair(ids, deltas, pairs, ids[j], deltas[j]);
-    label.count = pairs;
+    Label label{0, 0, 0, DISCARDED};
+    out.fault[b] = Fault::NONE;
+    if (has_fault(job, b, pairs_are_right)) {
+      out.fault[b] = fault_of(job, b);
+    } else {
+      label = adapt_label<A, P>(Alone(), ids, deltas, job.k, job.target[b], job.classes, job.policy, job.exponent, job.renorm, ids, deltas);
+      int pairs = 0;
+      for (int j = 0; j < label.count; ++j) pairs = add_pair(ids, deltas, pairs, ids[j], deltas[j]);
+      label.count = pairs;
+    }
+    out.mass[b] = label.mass;
+    out.base[b] = label.base;
+    out.count[b] = label.count;
+    out.region[b] = label.region;
   }
-  out.mass[b] = label.mass;
-  out.base[b] = label.base;
-  out.count[b] = label.count;
-  out.region[b] = label.region;
 }
+
+}  // namespace
 
 template <typename A>
 void adapt_rows(const LabelJob& job, const AdaptedLabels& out, int64_t begin, int64_t end) {
-  for (int64_t b = begin; b < end; ++b) {
-    if (job.probs_are_double) {
-      adapt_row<A, double>(job, out, b);
-    } else {
-      adapt_row<A, float>(job, out, b);
-    }
-  }
+  if (job.codec == Codec::HALF) return adapt_rows_of<A, float, Codec::HALF>(job, out, begin, end);
+  if (job.codec == Codec::PACKED) return adapt_rows_of<A, float, Codec::PACKED>(job, out, begin, end);
+  if (job.probs_are_double) return adapt_rows_of<A, double, Codec::PAIRS>(job, out, begin, end);
+  adapt_rows_of<A, float, Codec::PAIRS>(job, out, begin, end);
 }
 template void adapt_rows<float>(const LabelJob&, const AdaptedLabels&, int64_t, int64_t);
 template void adapt_rows<double>(const LabelJob&, const AdaptedLabels&, int64_t, int64_t);
