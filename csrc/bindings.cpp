@@ -8,11 +8,12 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
-#include <vector>
+#include <utility>
 
 #include "arguments.h"
 #include "loss_cpu.h"
@@ -26,38 +27,54 @@ using cpu::AdaptedLabels;
 using cpu::Dtype;
 using cpu::LossJob;
 
-// The adapted labels of a batch and the memory they lie in.
-struct Adapted {
-  std::vector<double> mass, base, deltas;
-  std::vector<int32_t> count, ids;
-  std::vector<int8_t> region;
-  std::vector<Fault> fault;
-  AdaptedLabels view{};
-
-  // Unpacks, checks and adapts every row; throws std::invalid_argument for the first row with wrong data.
-  Adapted(const LabelJob& job, bool is_double)
-      : mass(job.rows), base(job.rows), deltas(job.rows * job.k), count(job.rows), ids(job.rows * job.k), region(job.rows), fault(job.rows) {
-    view = {mass.data(), base.data(), count.data(), region.data(), ids.data(), deltas.data(), fault.data()};
-    const int64_t grain = std::max<int64_t>(1, 4096 / job.k);
-    const auto adapt = is_double ? cpu::adapt_rows<double> : cpu::adapt_rows<float>;
-    torch::stable::parallel_for(0, job.rows, grain, [&](int64_t begin, int64_t end) { adapt(job, view, begin, end); });
-    for (int64_t b = 0; b < job.rows; ++b) {  // an exception inside the loop would reach the caller as a RuntimeError
-      if (fault[b] != Fault::NONE) refuse(job, b, fault[b], b);
-    }
+// Memory for a batch's labels and losses, in one piece: B and k decide how much, and none of it needs a first value.
+class Workspace {
+ public:
+  Workspace(int64_t rows, int64_t k) : memory_(new double[size_t(rows * (4 + k) + (rows * k + 1) / 2)]) {
+    double* at = memory_.get();
+    const auto take = [&at](int64_t doubles) { return std::exchange(at, at + doubles); };
+    row_loss = take(rows);
+    labels.mass = take(rows);
+    labels.base = take(rows);
+    labels.deltas = take(rows * k);
+    labels.ids = reinterpret_cast<int32_t*>(take((rows * k + 1) / 2));
+    labels.count = reinterpret_cast<int32_t*>(at);
+    labels.region = reinterpret_cast<int8_t*>(labels.count + rows);
+    labels.fault = reinterpret_cast<Fault*>(labels.region + rows);
   }
+  double* row_loss;  // [B]
+  AdaptedLabels labels{};
 
-  double mixed_mass(const LabelJob& job, int64_t b) const {
-    cpu::Share shares[2];
-    const int parts = cpu::shares_of(job, b, shares);
-    double total = 0;
-    for (int s = 0; s < parts; ++s) total += shares[s].weight * mass[shares[s].row];
-    return total;
-  }
+ private:
+  std::unique_ptr<double[]> memory_;
 };
 
+// Unpacks, checks and adapts every row; throws std::invalid_argument for the first row with wrong data.
+void adapt(const LabelJob& job, bool is_double, const AdaptedLabels& labels) {
+  const auto adapt_rows = is_double ? cpu::adapt_rows<double> : cpu::adapt_rows<float>;
+  // A second thread costs as much to wake as some hundred rows to adapt; powers make a row ten times as long.
+  const int64_t grain = std::max<int64_t>(1, (job.temperature == 1.0 ? 2048 : 256) / job.k);
+  torch::stable::parallel_for(0, job.rows, grain, [&](int64_t begin, int64_t end) { adapt_rows(job, labels, begin, end); });
+  for (int64_t b = 0; b < job.rows; ++b) {  // an exception inside the loop would reach the caller as a RuntimeError
+    if (labels.fault[b] != Fault::NONE) refuse(job, b, labels.fault[b], b);
+  }
+}
+
+double mixed_mass(const LabelJob& job, const AdaptedLabels& labels, int64_t b) {
+  cpu::Share shares[2];
+  const int parts = cpu::shares_of(job, b, shares);
+  double total = 0;
+  for (int s = 0; s < parts; ++s) total += shares[s].weight * labels.mass[shares[s].row];
+  return total;
+}
+
+// A new tensor beside another. torch::stable::new_empty would look its operator up by name in each call, which takes longer than this.
 Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  const std::vector<int64_t> shape(sizes);
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), dtype);
+  int32_t wanted = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_aten_new_empty(like.get(), sizes.begin(), int64_t(sizes.size()), &wanted, nullptr, nullptr, 0, nullptr, &made));
+  return Tensor(made);
 }
 
 Dtype dtype_of(const Tensor& tensor, const char* name) {
@@ -86,7 +103,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_as(const Tensor& logits,
                                                            bool tau_squared, bool with_grad, bool stats) {
   const int64_t B = logits.size(0), C = logits.size(1);
   const ScalarType wide = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-  const Adapted adapted(labels, dtype == Dtype::FLOAT64);
+  const Workspace workspace(B, labels.k);
+  adapt(labels, dtype == Dtype::FLOAT64, workspace.labels);
 
   double scale = tau_squared ? labels.temperature * labels.temperature : 1.0;
   if (reduction == "mean") {
@@ -94,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_as(const Tensor& logits,
     if (normalizer) {
       total = scalar_of(*normalizer);
     } else {
-      for (int64_t b = 0; b < B; ++b) total += adapted.mixed_mass(labels, b);
+      for (int64_t b = 0; b < B; ++b) total += mixed_mass(labels, workspace.labels, b);
     }
     scale = total == 0.0 ? 0.0 : scale / total;  // every row discarded: 0, never 0/0
   }
@@ -105,7 +123,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_as(const Tensor& logits,
   Tensor correct = make(logits, {stats ? B : 0}, ScalarType::Bool);
   Tensor logsumexp = make(logits, {stats ? B : 0}, wide);
 
-  std::vector<double> row_loss(B);
   LossJob job{};
   job.dtype = dtype;
   job.logits = logits.const_data_ptr();
@@ -116,22 +133,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_as(const Tensor& logits,
   job.loss_scale = scale;
   job.grad_scale = scale / labels.temperature * (upstream ? scalar_of(*upstream) : 1.0);
   job.labels = &labels;
-  job.adapted = &adapted.view;
-  job.row_loss = row_loss.data();
+  job.adapted = &workspace.labels;
+  job.row_loss = workspace.row_loss;
   job.grad = with_grad ? grad.mutable_data_ptr() : nullptr;
   job.correct = stats ? static_cast<bool*>(correct.mutable_data_ptr()) : nullptr;
   job.logsumexp = stats ? logsumexp.mutable_data_ptr() : nullptr;
   const cpu::RowsKernel kernel = cpu::rows_kernel(dtype, cpu::chosen_isa());
-  const int64_t grain = std::max<int64_t>(1, 16384 / C);
+  const int64_t grain = std::max<int64_t>(1, 65536 / (C + 256));  // some microseconds of work; few classes do not make a row free
   torch::stable::parallel_for(0, B, grain, [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
 
-  if (stats) std::copy(adapted.region.begin(), adapted.region.end(), static_cast<int8_t*>(region.mutable_data_ptr()));
+  if (stats) std::copy_n(workspace.labels.region, B, static_cast<int8_t*>(region.mutable_data_ptr()));
   A* loss_out = static_cast<A*>(loss.mutable_data_ptr());
   if (reduction == "none") {
-    for (int64_t b = 0; b < B; ++b) loss_out[b] = A(row_loss[b]);
+    for (int64_t b = 0; b < B; ++b) loss_out[b] = A(workspace.row_loss[b]);
   } else {
     double total = 0;  // in row order, whatever the threads did: the scalar is deterministic
-    for (int64_t b = 0; b < B; ++b) total += row_loss[b];
+    for (int64_t b = 0; b < B; ++b) total += workspace.row_loss[b];
     loss_out[0] = A(total);
   }
   return {loss, grad, region, correct, logsumexp};

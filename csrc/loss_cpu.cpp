@@ -1,4 +1,5 @@
-// The loss and its gradient on a CPU: one pass over a row's logits and one over its gradient, the row staying in cache between.
+// The loss and its gradient on a CPU: three passes over rows that stay in cache between them, so that memory sees one read of the logits
+// and one write of the gradient.
 //
 //     loss = S log(sum exp d) - beta sum d - sum_j delta_j d[i_j],      z = x / T,  d = z - max z
 //     d loss / d x[c] = (S softmax(z)[c] - beta - sum_j delta_j [c = i_j]) / T
@@ -27,7 +28,11 @@
 namespace ferkd::cpu {
 namespace {
 
-constexpr int64_t BLOCK = 4096;
+constexpr int64_t BLOCK = 4096;              // classes whose sum may be float32
+constexpr int GROUP = 16;                    // rows that go through a pass together, at most
+constexpr int64_t GROUP_BYTES = 8192;        // their logits: these, their gradients and the next group's fit a first-level cache
+constexpr int64_t AHEAD_BYTES = 128 * 1024;  // a longer row is not fetched before its turn: it would push out the one in work
+constexpr int64_t KEPT = 8192;               // exponentials of half types that AVX-512 keeps between the passes, in the first-level cache
 
 struct BFloat16 {
   uint16_t bits;
@@ -68,8 +73,17 @@ FERKD_INLINE uint16_t narrow_float16(float value) {  // to nearest, ties to even
 
 FERKD_INLINE void narrow(float value, Float16& to) { to.bits = narrow_float16(value); }
 
-// Rows of half types pass through a row of float32 scratch: read_run widens into it and returns the largest, write_run narrows
-// e * slope - offset out of it. Own forms for AVX-512, and for float16 on AVX2: GCC does not find the conversions by itself.
+template <typename A>
+FERKD_INLINE A widen(A x) {
+  return x;
+}
+template <typename A>
+FERKD_INLINE void narrow(A value, A& to) {
+  to = value;
+}
+
+// Plain and AVX2 code widens half types into scratch and narrows them out of it: read_run widens and returns the largest, write_run
+// narrows e * slope - offset. An own form for float16 on AVX2: GCC does not find the conversions by itself.
 
 template <typename T>
 FERKD_INLINE float read_any(const T* from, float* to, int64_t n) {
@@ -82,8 +96,8 @@ FERKD_INLINE float read_any(const T* from, float* to, int64_t n) {
   }
   return m;
 }
-template <typename T>
-FERKD_INLINE void write_any(const float* e, T* to, int64_t n, float slope, float offset) {
+template <typename T, typename A>
+FERKD_INLINE void write_any(const A* e, T* to, int64_t n, A slope, A offset) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) narrow(e[i] * slope - offset, to[i]);
 }
@@ -115,77 +129,67 @@ FERKD_AVX2 void write_float16_avx2(const float* e, Float16* to, int64_t n, float
   }
   for (; i < n; ++i) to[i].bits = _cvtss_sh(e[i] * slope - offset, _MM_FROUND_TO_NEAREST_INT);
 }
-// AVX-512: sixteen lanes at a time, the last ones masked; `first(n)` are the lanes of the n elements that are left.
+
+// AVX-512: sixteen lanes at a time, the last ones masked; `first(n)` are the lanes of the n elements that are left. Half types are
+// widened and narrowed in registers.
 FERKD_AVX512 FERKD_INLINE __mmask16 first(int64_t n) { return n >= 16 ? __mmask16(0xffff) : __mmask16((1u << n) - 1u); }
 
-FERKD_AVX512 FERKD_INLINE __m512 widen16(const Float16* from, __mmask16 mask) {
+FERKD_AVX512 FERKD_INLINE __m512 load16(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
+FERKD_AVX512 FERKD_INLINE __m512 load16(const Float16* from, __mmask16 mask) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from));
 }
-FERKD_AVX512 FERKD_INLINE __m512 widen16(const BFloat16* from, __mmask16 mask) {
+FERKD_AVX512 FERKD_INLINE __m512 load16(const BFloat16* from, __mmask16 mask) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
 }
-FERKD_AVX512 FERKD_INLINE void narrow16(__m512 value, Float16* to, __mmask16 mask) {
-  _mm256_mask_storeu_epi16(to, mask, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-FERKD_AVX512 FERKD_INLINE __m512i rounded_bfloat16(__m512 value) {  // as `narrow`, the result in the upper half of each lane
+// As `narrow`, the result in the upper half of each lane, but without a look for NaN: those whose low bits are all ones would not stay
+// NaN. None comes here, since widened NaN have low bits of zero and slope and offset pass `plain_nan`.
+FERKD_AVX512 FERKD_INLINE __m512i rounded_bfloat16(__m512 value) {
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+  return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
 }
-FERKD_AVX512 FERKD_INLINE void narrow16(__m512 value, BFloat16* to, __mmask16 mask) {
+FERKD_AVX512 FERKD_INLINE void store16(__m512 value, float* to, __mmask16 mask) { _mm512_mask_storeu_ps(to, mask, value); }
+FERKD_AVX512 FERKD_INLINE void store16(__m512 value, Float16* to, __mmask16 mask) {
+  _mm256_mask_storeu_epi16(to, mask, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+FERKD_AVX512 FERKD_INLINE void store16(__m512 value, BFloat16* to, __mmask16 mask) {
   _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_bfloat16(value), 16)));
 }
-FERKD_AVX512 FERKD_INLINE void narrow32(__m512 low, __m512 high, Float16* to) {
-  narrow16(low, to, 0xffff);
-  narrow16(high, to + 16, 0xffff);
+template <typename T>
+FERKD_AVX512 FERKD_INLINE void store32(__m512 low, __m512 high, T* to) {
+  store16(low, to, 0xffff);
+  store16(high, to + 16, 0xffff);
 }
-FERKD_AVX512 FERKD_INLINE void narrow32(__m512 low, __m512 high, BFloat16* to) {  // the upper halves by one shuffle: vpmovdw stores are slow
+FERKD_AVX512 FERKD_INLINE void store32(__m512 low, __m512 high, BFloat16* to) {  // the upper halves by one shuffle: vpmovdw stores are slow
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i pairs = _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x00040004)), _mm512_set1_epi32(0x00030001));
   _mm512_storeu_si512(to, _mm512_permutex2var_epi16(rounded_bfloat16(low), pairs, rounded_bfloat16(high)));
 }
-template <typename T>
-FERKD_AVX512 float read_avx512(const T* from, float* to, int64_t n) {
-  __m512 m0 = _mm512_set1_ps(-std::numeric_limits<float>::infinity()), m1 = m0;
-  int64_t i = 0;
-  for (; i + 32 <= n; i += 32) {
-    const __m512 x0 = widen16(from + i, 0xffff), x1 = widen16(from + i + 16, 0xffff);
-    _mm512_storeu_ps(to + i, x0);
-    _mm512_storeu_ps(to + i + 16, x1);
-    m0 = _mm512_max_ps(x0, m0);  // the second operand where the first is NaN
-    m1 = _mm512_max_ps(x1, m1);
-  }
-  for (; i < n; i += 16) {
-    const __m512 x = widen16(from + i, first(n - i));
-    _mm512_mask_storeu_ps(to + i, first(n - i), x);
-    m0 = _mm512_mask_max_ps(m0, first(n - i), x, m0);
-  }
-  return _mm512_reduce_max_ps(_mm512_max_ps(m0, m1));
-}
+FERKD_INLINE float plain_nan(float x) { return std::isnan(x) ? std::numeric_limits<float>::quiet_NaN() : x; }
+
 template <typename T>
 FERKD_AVX512 void write_avx512(const float* e, T* to, int64_t n, float slope, float offset) {
-  const __m512 slopes = _mm512_set1_ps(slope), offsets = _mm512_set1_ps(offset);
+  const __m512 slopes = _mm512_set1_ps(plain_nan(slope)), offsets = _mm512_set1_ps(plain_nan(offset));
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
-    narrow32(_mm512_fmsub_ps(_mm512_loadu_ps(e + i), slopes, offsets), _mm512_fmsub_ps(_mm512_loadu_ps(e + i + 16), slopes, offsets), to + i);
+    const __m512 low = _mm512_fmsub_ps(_mm512_loadu_ps(e + i), slopes, offsets);
+    store32(low, _mm512_fmsub_ps(_mm512_loadu_ps(e + i + 16), slopes, offsets), to + i);
   }
-  for (; i < n; i += 16) narrow16(_mm512_fmsub_ps(_mm512_maskz_loadu_ps(first(n - i), e + i), slopes, offsets), to + i, first(n - i));
+  for (; i < n; i += 16) store16(_mm512_fmsub_ps(_mm512_maskz_loadu_ps(first(n - i), e + i), slopes, offsets), to + i, first(n - i));
 }
 #endif
 
 template <Isa isa, typename T>
 FERKD_INLINE float read_run(const T* from, float* to, int64_t n) {
 #if defined(__x86_64__)
-  if constexpr (isa == Isa::AVX512) return read_avx512(from, to, n);
-  if constexpr (std::is_same_v<T, Float16> && isa == Isa::AVX2) return read_float16_avx2(from, to, n);
+  if constexpr (std::is_same_v<T, Float16> && isa != Isa::PLAIN) return read_float16_avx2(from, to, n);
 #endif
   return read_any(from, to, n);
 }
-template <Isa isa, typename T>
-FERKD_INLINE void write_run(const float* e, T* to, int64_t n, float slope, float offset) {
+template <Isa isa, typename T, typename A>
+FERKD_INLINE void write_run(const A* e, T* to, int64_t n, A slope, A offset) {
 #if defined(__x86_64__)
-  if constexpr (isa == Isa::AVX512) return write_avx512(e, to, n, slope, offset);
+  if constexpr (isa == Isa::AVX512 && std::is_same_v<A, float>) return write_avx512(e, to, n, slope, offset);
   if constexpr (std::is_same_v<T, Float16> && isa == Isa::AVX2) return write_float16_avx2(e, to, n, slope, offset);
 #endif
   write_any(e, to, n, slope, offset);
@@ -211,42 +215,7 @@ FERKD_INLINE float exp2_of(float t) {
 }
 FERKD_INLINE double exp2_of(double t) { return std::exp2(t); }
 
-// ------------------------------------------------------------------------------------------------ one row
-
-// The label of row b after mixing: S = sum w S, beta = sum w beta, pairs (i, w delta).
-struct MixedLabel {
-  double mass = 0, base = 0;
-  int count = 0;
-  int32_t ids[2 * MAX_K];
-  double deltas[2 * MAX_K];
-};
-
-FERKD_INLINE void mixed_label(const LossJob& job, int64_t b, MixedLabel& label) {
-  const AdaptedLabels& adapted = *job.adapted;
-  const int k = job.labels->k;
-  Share shares[2];
-  const int parts = shares_of(*job.labels, b, shares);
-  label.mass = label.base = 0;
-  label.count = 0;
-  for (int s = 0; s < parts; ++s) {
-    const auto [row, weight] = shares[s];
-    label.mass += weight * adapted.mass[row];
-    label.base += weight * adapted.base[row];
-    for (int j = 0; j < adapted.count[row]; ++j) {
-      const double delta = weight * adapted.deltas[row * k + j];
-      if (delta == 0) continue;  // a zero-weight term is skipped, never multiplied: the logit may be inf
-      label.ids[label.count] = adapted.ids[row * k + j];
-      label.deltas[label.count++] = delta;
-    }
-  }
-}
-
-// The increments of all pairs that share the id of pair j.
-FERKD_INLINE double total_of(const MixedLabel& label, int j) {
-  double total = 0;
-  for (int l = 0; l < label.count; ++l) total += label.ids[l] == label.ids[j] ? label.deltas[l] : 0.0;
-  return total;
-}
+// ------------------------------------------------------------------------------------------------ passes over a row
 
 template <typename A>
 FERKD_INLINE A largest_any(const A* x, int64_t n) {
@@ -256,42 +225,51 @@ FERKD_INLINE A largest_any(const A* x, int64_t n) {
   return m;
 }
 #if defined(__x86_64__)
-FERKD_AVX512 float largest_avx512(const float* x, int64_t n) {
+template <typename T>
+FERKD_AVX512 float largest_avx512(const T* x, int64_t n) {
   __m512 m[4];  // four chains at once: one alone would wait for its own last maximum
   for (__m512& lanes : m) lanes = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   int64_t c = 0;
   for (; c + 64 <= n; c += 64) {
-    for (int i = 0; i < 4; ++i) m[i] = _mm512_max_ps(_mm512_loadu_ps(x + c + 16 * i), m[i]);
+    for (int i = 0; i < 4; ++i) m[i] = _mm512_max_ps(load16(x + c + 16 * i, 0xffff), m[i]);  // the second operand where the first is NaN
   }
-  for (; c < n; c += 16) m[0] = _mm512_mask_max_ps(m[0], first(n - c), _mm512_maskz_loadu_ps(first(n - c), x + c), m[0]);
+  for (; c < n; c += 16) m[0] = _mm512_mask_max_ps(m[0], first(n - c), load16(x + c, first(n - c)), m[0]);
   return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(m[0], m[1]), _mm512_max_ps(m[2], m[3])));
 }
 #endif
-template <Isa isa, typename A>
-FERKD_INLINE A largest_of(const A* x, int64_t n) {
+template <Isa isa, typename A, typename T>
+FERKD_INLINE A largest_of(const T* x, int64_t n) {
 #if defined(__x86_64__)
   if constexpr (isa == Isa::AVX512 && std::is_same_v<A, float>) return largest_avx512(x, n);
+  else
 #endif
-  return largest_any(x, n);
+    return largest_any(x, n);
 }
 
-template <typename A>
-FERKD_INLINE bool contains(const A* x, int64_t n, A value) {
+template <typename T, typename A>
+FERKD_INLINE bool contains(const T* x, int64_t n, A value) {
   int found = 0;
 #pragma omp simd reduction(| : found)
-  for (int64_t c = 0; c < n; ++c) found |= x[c] == value;
+  for (int64_t c = 0; c < n; ++c) found |= widen(x[c]) == value;
   return found != 0;
 }
 
 // The sums over classes. The largest logits are counted apart: a confident row's exp d are one 1 and many tiny numbers, and added
 // to the 1 in float32 they would vanish.
 struct Sums {
-  double rest = 0;    // sum of exp d where d < 0
+  double rest = 0;     // sum of exp d where d < 0
   double largest = 0;  // how many d are 0
-  double d = 0;       // sum of x - max x, which is T d
+  double d = 0;        // sum of x - max x, which is T d
 };
 
-// e[c] = exp d[c] for one block, and its sums; `slope` is 1 / (T ln 2). `e` may be `x`.
+// What the next group of rows will read and write: fetched into the cache while this one computes.
+template <typename T>
+struct Ahead {
+  const T* x;
+  const T* grad;
+};
+
+// exp d for one block and its sums; `slope` is 1 / (T ln 2). With `keep` the exponentials go to `e`.
 template <bool keep, typename A>
 FERKD_INLINE void exponentials_any(const A* x, A* e, int64_t n, A largest, A slope, Sums& sums) {
   constexpr int64_t RUN = 256;  // with 4 or 8 lanes a longer float32 sum of like terms drifts beyond what 32 lanes lose in a block
@@ -314,24 +292,27 @@ FERKD_INLINE void exponentials_any(const A* x, A* e, int64_t n, A largest, A slo
 }
 
 #if defined(__x86_64__)
-// The same with two instructions that GCC does not find: vreduce, which gives r = t - floor t, and vscalef, which multiplies by
-// 2^floor t and knows 0, inf and NaN. 2^r = 1 + r q(r) on [0, 1], relative error 8e-8. Two vectors a turn hide the latency.
-template <bool keep>
-FERKD_AVX512 void exponentials_avx512(const float* x, float* e, int64_t n, float largest, float slope, Sums& sums) {
+// exp2_of with two instructions that GCC does not find: vreduce, which gives r = t - floor t, and vscalef, which multiplies by
+// 2^floor t and knows 0, inf and NaN. 2^r = 1 + r q(r) on [0, 1], relative error 8e-8.
+FERKD_AVX512 FERKD_INLINE __m512 exp2_of(__m512 t) {
+  const __m512 r = _mm512_reduce_ps(t, 0x09);  // to no binary places, floor, no exceptions
+  __m512 q = _mm512_set1_ps(0.001867129979f);
+  q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.009017030528f));
+  q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.05579991295f));
+  q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.2401644502f));
+  q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.6931513118f));
+  q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(q, t);
+}
+
+template <bool keep, typename T>
+FERKD_AVX512 void exponentials_avx512(const T* x, float* e, int64_t n, float largest, float slope, Sums& sums, Ahead<T> ahead) {
   const __m512 m = _mm512_set1_ps(largest), by = _mm512_set1_ps(slope), zero = _mm512_setzero_ps();
   __m512 rest[2] = {zero, zero}, sum_d[2] = {zero, zero};
   int64_t at_largest = 0;
   const auto step = [&](int64_t c, __mmask16 mask, int which) FERKD_AVX512 {
-    const __m512 d = _mm512_maskz_sub_ps(mask, _mm512_maskz_loadu_ps(mask, x + c), m);
-    const __m512 t = _mm512_mul_ps(d, by);
-    const __m512 r = _mm512_reduce_ps(t, 0x09);  // to no binary places, floor, no exceptions
-    __m512 q = _mm512_set1_ps(0.001867129979f);
-    q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.009017030528f));
-    q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.05579991295f));
-    q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.2401644502f));
-    q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.6931513118f));
-    q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(1.0f));
-    const __m512 value = _mm512_scalef_ps(q, t);
+    const __m512 d = _mm512_maskz_sub_ps(mask, load16(x + c, mask), m);
+    const __m512 value = exp2_of(_mm512_mul_ps(d, by));
     if constexpr (keep) _mm512_mask_storeu_ps(e + c, mask, value);
     const __mmask16 below = _mm512_mask_cmp_ps_mask(mask, d, zero, _CMP_NEQ_UQ);  // NaN counts as below: it must reach the sum
     rest[which] = _mm512_mask_add_ps(rest[which], below, rest[which], value);
@@ -340,6 +321,10 @@ FERKD_AVX512 void exponentials_avx512(const float* x, float* e, int64_t n, float
   };
   int64_t c = 0;
   for (; c + 32 <= n; c += 32) {
+    for (size_t line = 0; line < 32 * sizeof(T); line += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead.x + c) + line, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(ahead.grad + c) + line, _MM_HINT_T0);
+    }
     step(c, 0xffff, 0);
     step(c + 16, 0xffff, 1);
   }
@@ -348,107 +333,217 @@ FERKD_AVX512 void exponentials_avx512(const float* x, float* e, int64_t n, float
   sums.d += double(_mm512_reduce_add_ps(_mm512_add_ps(sum_d[0], sum_d[1])));
   sums.largest += double(at_largest);
 }
+
+// grad = exp d * slope - offset from the logits once more.
+template <typename T>
+FERKD_AVX512 void write_again_avx512(const T* x, T* grad, int64_t n, float largest, float exponent, float slope, float offset) {
+  const __m512 m = _mm512_set1_ps(largest), by = _mm512_set1_ps(exponent);
+  const __m512 slopes = _mm512_set1_ps(plain_nan(slope)), offsets = _mm512_set1_ps(plain_nan(offset));
+  const auto value = [&](int64_t c, __mmask16 mask) FERKD_AVX512 {
+    const __m512 e = exp2_of(_mm512_mul_ps(_mm512_sub_ps(load16(x + c, mask), m), by));
+    return _mm512_fmsub_ps(e, slopes, offsets);
+  };
+  int64_t c = 0;
+  for (; c + 32 <= n; c += 32) store32(value(c, 0xffff), value(c + 16, 0xffff), grad + c);
+  for (; c < n; c += 16) store16(value(c, first(n - c)), grad + c, first(n - c));
+}
 #endif
 
-template <Isa isa, bool keep, typename A>
-FERKD_INLINE void exponentials(const A* x, A* e, int64_t n, A largest, A slope, Sums& sums) {
+template <Isa isa, bool keep, typename X, typename A, typename T>
+FERKD_INLINE void exponentials(const X* x, A* e, int64_t n, A largest, A slope, Sums& sums, Ahead<T> ahead) {
 #if defined(__x86_64__)
-  if constexpr (isa == Isa::AVX512 && std::is_same_v<A, float>) return exponentials_avx512<keep>(x, e, n, largest, slope, sums);
+  if constexpr (isa == Isa::AVX512 && std::is_same_v<A, float>) exponentials_avx512<keep>(x, e, n, largest, slope, sums, ahead);
+  else
 #endif
-  exponentials_any<keep>(x, e, n, largest, slope, sums);
+    exponentials_any<keep>(x, e, n, largest, slope, sums);
 }
 
-// Rows [begin, end): T is the logits' type, A the type computed in.
+// ------------------------------------------------------------------------------------------------ one row
+
+// Increments delta at class ids. Pairs of the same id are one; none is 0: a zero-weight term is skipped, never multiplied, since the
+// logit may be inf.
+struct Pairs {
+  int count;
+  const int32_t* ids;
+  const double* deltas;
+};
+
+FERKD_INLINE int add_pair(int32_t* ids, double* deltas, int count, int32_t id, double delta) {
+  int at = 0;
+  while (at < count && ids[at] != id) ++at;
+  if (at < count) {
+    deltas[at] += delta;
+    return count;
+  }
+  ids[count] = id;
+  deltas[count] = delta;
+  return delta == 0.0 ? count : count + 1;
+}
+
+// What is known of a row between the passes.
+template <typename T, typename A>
+struct Row {
+  int64_t b;
+  const T* x;
+  T* grad;  // null when no gradient is wanted
+  A* e;     // where exp d is kept between the passes; null where it is not
+  A largest;
+  double mass, base;  // S and beta of the label after mixing
+  Pairs pairs;        // its increments
+  Sums sums;
+};
+
+// Where pass 2 finds the logits: in the scratch after widening, which the exponentials then overwrite.
+template <bool widened, typename T, typename A>
+FERKD_INLINE auto logits_of(const Row<T, A>& row) {
+  if constexpr (widened) {
+    return static_cast<const A*>(row.e);
+  } else {
+    return row.x;
+  }
+}
+
+// Where the pairs of a mixed row lie.
+struct MixedPairs {
+  int32_t ids[2 * MAX_K];
+  double deltas[2 * MAX_K];
+};
+
+// The label of a row after mixing: S = sum w S, beta = sum w beta, pairs (i, w delta).
+template <typename T, typename A>
+FERKD_INLINE void mix_labels(const LabelJob& labels, const AdaptedLabels& adapted, Row<T, A>& row, MixedPairs& mixed) {
+  const int k = labels.k;
+  const int64_t b = row.b;
+  if (labels.lam == nullptr) {
+    row.mass = adapted.mass[b];
+    row.base = adapted.base[b];
+    row.pairs = {adapted.count[b], adapted.ids + b * k, adapted.deltas + b * k};
+    return;
+  }
+  Share shares[2];
+  const int parts = shares_of(labels, b, shares);
+  row.mass = row.base = 0;
+  int count = 0;
+  for (int s = 0; s < parts; ++s) {
+    const auto [from, weight] = shares[s];
+    row.mass += weight * adapted.mass[from];
+    row.base += weight * adapted.base[from];
+    for (int j = 0; j < adapted.count[from]; ++j) {
+      count = add_pair(mixed.ids, mixed.deltas, count, adapted.ids[from * k + j], weight * adapted.deltas[from * k + j]);
+    }
+  }
+  row.pairs = {count, mixed.ids, mixed.deltas};
+}
+
+// Rows [begin, end): T is the logits' type, A the type computed in. Small rows go through each pass in groups that fit the first-level
+// cache: the end of one row's pass (a reduction, a logarithm, a division) then overlaps with the next row's.
 template <typename T, typename A, Isa isa>
 FERKD_INLINE void loss_rows(const LossJob& job, int64_t begin, int64_t end) {
-  constexpr bool narrow_type = !std::is_same_v<T, A>;  // half types are widened into a row of scratch
-  const int64_t C = job.classes;
+  constexpr bool narrow_type = !std::is_same_v<T, A>;
+  constexpr bool widened = narrow_type && isa != Isa::AVX512;  // AVX-512 widens in registers, the others into the scratch, once
+  const int64_t C = job.classes, stride = job.row_stride;
+  const int64_t group = std::clamp<int64_t>(GROUP_BYTES / (C * int64_t(sizeof(T))), 1, GROUP);
+  const LabelJob& labels = *job.labels;
+  const T* const logits = static_cast<const T*>(job.logits);
+  T* const grads = static_cast<T*>(job.grad);
+  const bool stats = job.correct != nullptr;
+  const double per_temperature = 1.0 / job.temperature, grad_scale = job.grad_scale, loss_scale = job.loss_scale;
   const A exponent = A(1.4426950408889634 / job.temperature);  // 1 / (T ln 2)
-  std::vector<A> scratch(narrow_type ? C : 0);
-  MixedLabel label;
-  double at_ids[2 * MAX_K];  // d, later the gradient, at the pairs' ids
+  // Between the passes exp d lies where the gradient will be. That of half types lies in a scratch that the first-level cache holds;
+  // for a longer row AVX-512 computes it again, and the others, which take twice as long for that, use a scratch as long as the row.
+  const bool keeps = !narrow_type || widened || C <= KEPT;
+  std::vector<A> scratch(narrow_type && keeps ? group * C : 0);
+  Row<T, A> rows[GROUP];
+  MixedPairs mixed[GROUP];
 
-  for (int64_t b = begin; b < end; ++b) {
-    const T* x = static_cast<const T*>(job.logits) + b * job.row_stride;
-    T* grad = job.grad == nullptr ? nullptr : static_cast<T*>(job.grad) + b * C;
-    mixed_label(job, b, label);
-    const bool discarded = label.mass == 0.0;
-    if (discarded) {  // constants, never 0 times something: the logits may be inf
-      job.row_loss[b] = 0.0;
-      if (grad != nullptr) std::memset(static_cast<void*>(grad), 0, size_t(C) * sizeof(T));
-      if (job.correct == nullptr) continue;
+  for (int64_t first_b = begin; first_b < end; first_b += group) {
+    // Pass 1: the labels, and the largest logits.
+    int count = 0;
+    const int64_t last_b = std::min(end, first_b + group);
+    for (int64_t b = first_b; b < last_b; ++b) {
+      Row<T, A>& row = rows[count];
+      row.b = b;
+      row.x = logits + b * stride;
+      row.grad = grads == nullptr ? nullptr : grads + b * C;
+      mix_labels(labels, *job.adapted, row, mixed[count]);
+      if (row.mass == 0.0) {  // discarded: constants, never 0 times something, since the logits may be inf
+        job.row_loss[b] = 0.0;
+        if (row.grad != nullptr) std::memset(static_cast<void*>(row.grad), 0, size_t(C) * sizeof(T));
+        if (!stats) continue;
+        row.grad = nullptr;
+      }
+      if constexpr (narrow_type) {
+        row.e = keeps ? scratch.data() + count * C : nullptr;
+      } else {
+        row.e = row.grad;
+      }
+      if constexpr (widened) {
+        row.largest = read_run<isa>(row.x, row.e, C);
+      } else {
+        row.largest = largest_of<isa, A>(row.x, C);
+      }
+      ++count;
     }
 
-    // Pass 1: the largest logit. Half types are widened on the way.
-    const A* wide;
-    A largest;
-    if constexpr (narrow_type) {
-      largest = -std::numeric_limits<A>::infinity();
+    // Pass 2: the sums, and exp d.
+    for (int r = 0; r < count; ++r) {
+      Row<T, A>& row = rows[r];
+      row.sums = {};
+      const int64_t next = C * int64_t(sizeof(T)) <= AHEAD_BYTES && row.b + group < end ? group : 0;
+      const T* const next_x = row.x + next * stride;
+      const T* const next_grad = row.grad == nullptr ? row.x : row.grad + next * C;
+      const auto* x = logits_of<widened>(row);
       for (int64_t c = 0; c < C; c += BLOCK) {
         const int64_t n = std::min(BLOCK, C - c);
-        largest = std::max(largest, read_run<isa>(x + c, scratch.data() + c, n));
+        const Ahead<T> ahead{next_x + c, next_grad + c};
+        if (keeps && row.grad != nullptr) {
+          exponentials<isa, true>(x + c, row.e + c, n, row.largest, exponent, row.sums, ahead);
+        } else {
+          exponentials<isa, false>(x + c, static_cast<A*>(nullptr), n, row.largest, exponent, row.sums, ahead);
+        }
       }
-      wide = scratch.data();
-    } else {
-      wide = x;
-      largest = largest_of<isa>(wide, C);
-    }
-    for (int j = 0; j < label.count; ++j) at_ids[j] = (double(wide[label.ids[j]]) - double(largest)) / job.temperature;
-    bool correct = false;
-    if (job.correct != nullptr) {  // lowest id wins a tie
-      const int64_t target = job.labels->target[b];
-      correct = wide[target] == largest && !contains(wide, target, largest);
     }
 
-    // Pass 2: the sums, leaving exp d where the gradient will be (half types: in the scratch).
-    Sums sums;
-    const bool keep = grad != nullptr && !discarded;
-    A* e;
-    if constexpr (narrow_type) {
-      e = scratch.data();
-    } else {
-      e = grad;
+    // The loss.
+    for (int r = 0; r < count; ++r) {
+      const Row<T, A>& row = rows[r];
+      const double log_sum = std::log1p(row.sums.rest + (row.sums.largest - 1.0));
+      if (stats) {
+        const int64_t target = labels.target[row.b];
+        const bool is_largest = widen(row.x[target]) == row.largest && !contains(row.x, target, row.largest);  // lowest id wins a tie
+        job.correct[row.b] = is_largest && !std::isnan(log_sum);
+        static_cast<A*>(job.logsumexp)[row.b] = A(double(row.largest) / job.temperature + log_sum);
+        if (row.mass == 0.0) continue;
+      }
+      double loss = row.mass * log_sum;
+      if (row.base != 0.0) loss -= row.base * (row.sums.d * per_temperature);
+      for (int j = 0; j < row.pairs.count; ++j) {
+        loss -= row.pairs.deltas[j] * ((double(widen(row.x[row.pairs.ids[j]])) - double(row.largest)) * per_temperature);
+      }
+      job.row_loss[row.b] = loss * loss_scale;
     }
-    for (int64_t c = 0; c < C; c += BLOCK) {
-      const int64_t n = std::min(BLOCK, C - c);
-      if (keep) {
-        exponentials<isa, true>(wide + c, e + c, n, largest, exponent, sums);
+
+    // Pass 3: the gradient of the base, then the pairs' places: formed in float64, since on a confident row they are small
+    // differences, and rounded to T only once.
+    for (int r = 0; r < count; ++r) {
+      const Row<T, A>& row = rows[r];
+      if (row.grad == nullptr) continue;
+      const double softmax = row.mass / (row.sums.rest + row.sums.largest);  // of d = 0
+      const A slope = A(softmax * grad_scale), offset = A(row.base * grad_scale);
+      A at_ids[2 * MAX_K];
+      for (int j = 0; j < row.pairs.count; ++j) {
+        const int32_t id = row.pairs.ids[j];
+        const A e = keeps ? row.e[id] : exp2_of(A(widen(row.x[id]) - row.largest) * exponent);
+        at_ids[j] = A((double(e) * softmax - row.base - row.pairs.deltas[j]) * grad_scale);
+      }
+      if (keeps) {
+        write_run<isa>(row.e, row.grad, C, slope, offset);
       } else {
-        exponentials<isa, false>(wide + c, static_cast<A*>(nullptr), n, largest, exponent, sums);
+#if defined(__x86_64__)
+        if constexpr (narrow_type && !widened) write_again_avx512(row.x, row.grad, C, row.largest, exponent, slope, offset);
+#endif
       }
-    }
-    const double log_sum = std::log1p(sums.rest + (sums.largest - 1.0));
-    if (job.correct != nullptr) {
-      static_cast<A*>(job.logsumexp)[b] = A(double(largest) / job.temperature + log_sum);
-      job.correct[b] = correct && !std::isnan(log_sum);
-    }
-    if (discarded) continue;
-
-    double loss = label.mass * log_sum;
-    if (label.base != 0.0) loss -= label.base * (sums.d / job.temperature);
-    for (int j = 0; j < label.count; ++j) loss -= label.deltas[j] * at_ids[j];
-    job.row_loss[b] = loss * job.loss_scale;
-    if (grad == nullptr) continue;
-
-    // Pass 3: the gradient of the base, then the pairs' places, each written once with the total of all pairs that share its id:
-    // formed in float64, since on a confident row it is a small difference, and rounded to T only once.
-    const double softmax = label.mass / (sums.rest + sums.largest);
-    for (int j = 0; j < label.count; ++j) {
-      at_ids[j] = (double(e[label.ids[j]]) * softmax - label.base - total_of(label, j)) * job.grad_scale;
-    }
-    const A slope = A(softmax * job.grad_scale), offset = A(label.base * job.grad_scale);
-    if constexpr (narrow_type) {
-      write_run<isa>(e, grad, C, slope, offset);
-    } else {
-#pragma omp simd
-      for (int64_t c = 0; c < C; ++c) grad[c] = grad[c] * slope - offset;
-    }
-    for (int j = 0; j < label.count; ++j) {
-      if constexpr (narrow_type) {
-        narrow(A(at_ids[j]), grad[label.ids[j]]);
-      } else {
-        grad[label.ids[j]] = A(at_ids[j]);
-      }
+      for (int j = 0; j < row.pairs.count; ++j) narrow(at_ids[j], row.grad[row.pairs.ids[j]]);
     }
   }
 }
@@ -544,36 +639,50 @@ Kernels kernels(Dtype dtype, const std::string& isa) {
   }
 }
 
-}  // namespace
+bool has_fault(const LabelJob& job, int64_t b, bool pairs_are_right) {
+  if (!pairs_are_right || job.target[b] < 0 || job.target[b] >= job.classes) return true;
+  return job.lam != nullptr && (job.partner[b] < 0 || job.partner[b] >= job.rows || !is_probability(job.lam[b]));
+}
 
-template <typename A, typename P>
-void adapt_row(const LabelJob& job, const AdaptedLabels& out, int64_t b) {
-  Label label{0, 0, 0, DISCARDED};
-  out.fault[b] = fault_of(job, b);
-  if (out.fault[b] == Fault::NONE) {
+// The codec and the probabilities' type are told to the compiler, so that they are not asked for at each pair.
+template <typename A, typename P, Codec codec>
+void adapt_rows_of(LabelJob job, const AdaptedLabels& out, int64_t begin, int64_t end) {
+  job.codec = codec;
+  job.probs_are_double = std::is_same_v<P, double>;
+  for (int64_t b = begin; b < end; ++b) {
     int32_t* ids = out.ids + b * job.k;
     double* deltas = out.deltas + b * job.k;
+    bool pairs_are_right = true;
     each_pair(job, b, [&](int j, int64_t id, auto p) {
+      pairs_are_right &= uint64_t(id) < uint64_t(job.classes) && is_probability(p);
       ids[j] = int32_t(id);
       deltas[j] = double(p);
     });
-    label = adapt_label<A, P>(Alone(), ids, deltas, job.k, job.target[b], job.classes, job.policy, job.exponent, job.renorm, ids, deltas);
+    Label label{0, 0, 0, DISCARDED};
+    out.fault[b] = Fault::NONE;
+    if (has_fault(job, b, pairs_are_right)) {
+      out.fault[b] = fault_of(job, b);
+    } else {
+      label = adapt_label<A, P>(Alone(), ids, deltas, job.k, job.target[b], job.classes, job.policy, job.exponent, job.renorm, ids, deltas);
+      int pairs = 0;
+      for (int j = 0; j < label.count; ++j) pairs = add_pair(ids, deltas, pairs, ids[j], deltas[j]);
+      label.count = pairs;
+    }
+    out.mass[b] = label.mass;
+    out.base[b] = label.base;
+    out.count[b] = label.count;
+    out.region[b] = label.region;
   }
-  out.mass[b] = label.mass;
-  out.base[b] = label.base;
-  out.count[b] = label.count;
-  out.region[b] = label.region;
 }
+
+}  // namespace
 
 template <typename A>
 void adapt_rows(const LabelJob& job, const AdaptedLabels& out, int64_t begin, int64_t end) {
-  for (int64_t b = begin; b < end; ++b) {
-    if (job.probs_are_double) {
-      adapt_row<A, double>(job, out, b);
-    } else {
-      adapt_row<A, float>(job, out, b);
-    }
-  }
+  if (job.codec == Codec::HALF) return adapt_rows_of<A, float, Codec::HALF>(job, out, begin, end);
+  if (job.codec == Codec::PACKED) return adapt_rows_of<A, float, Codec::PACKED>(job, out, begin, end);
+  if (job.probs_are_double) return adapt_rows_of<A, double, Codec::PAIRS>(job, out, begin, end);
+  adapt_rows_of<A, float, Codec::PAIRS>(job, out, begin, end);
 }
 template void adapt_rows<float>(const LabelJob&, const AdaptedLabels&, int64_t, int64_t);
 template void adapt_rows<double>(const LabelJob&, const AdaptedLabels&, int64_t, int64_t);

@@ -13,7 +13,7 @@ enum class Dtype { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 struct AdaptedLabels {
   double* mass;    // S [B]
   double* base;    // beta [B]
-  int32_t* count;  // K [B]
+  int32_t* count;  // [B]: the pairs below, at most K: those of the same id are one, and none has an increment of 0
   int8_t* region;  // [B]
   int32_t* ids;    // [B, k]
   double* deltas;  // [B, k]

@@ -20,6 +20,7 @@ which multiplies it by the upstream gradient.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -193,9 +194,8 @@ def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad, upstream = output[1], inputs[_UPSTREAM]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grad, upstream)
+    ctx.save_for_backward(output[1], inputs[_UPSTREAM])
 
 
 def _setup_raw(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -204,23 +204,28 @@ def _setup_raw(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 
 def _backward(ctx: Any, upstream: Tensor | None, second: Tensor | None = None, *_: Any) -> tuple[Tensor | None, ...]:
+    return (_logits_gradient(ctx, upstream, second), *(None,) * (_ARGUMENTS - 1))
+
+
+def _logits_gradient(ctx: Any, upstream: Tensor | None, second: Tensor | None) -> Tensor | None:
     """The stored gradient times the upstream gradient: scaled in place where that cannot be noticed, else a scaled copy."""
     if second is not None:
         raise RuntimeError("ferkd_loss: it is differentiable once; its gradient was itself differentiated (create_graph=True, nested grad)")
-    nothing = (None,) * (_ARGUMENTS - 1)
     if upstream is None:
-        return (None, *nothing)
+        return None
+    grad: Tensor
     grad, promised = ctx.saved_tensors
     if grad.dim() != 2:
         raise RuntimeError("ferkd_loss: the op was run with with_grad=False and has no gradient")
     alone = _owned_by_this_backward(grad, upstream)
     if promised is not None:
         _assert_promise(upstream, promised, grad)
-        return (grad.detach() if alone else grad.clone(), *nothing)
+        return grad.detach() if alone else grad.clone()
     if not alone:
-        return (_scaled(grad, upstream), *nothing)
-    torch.ops.ferkd.scale_(grad.detach(), upstream)
-    return (grad.detach(), *nothing)
+        return _scaled(grad, upstream)
+    own = grad.detach()
+    _SCALE(own, upstream)
+    return own
 
 
 def _owned_by_this_backward(grad: Tensor, upstream: Tensor) -> bool:
@@ -249,19 +254,44 @@ def _assert_promise(upstream: Tensor, promised: Tensor, grad: Tensor) -> None:
     torch._assert_async(kept, message)
 
 
-class _Loss(torch.autograd.Function):
-    """The op with an own setup_context: torch.func refuses the class that register_autograd generates.
+def _run(impl: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    try:
+        return tuple(_OPS[impl](*arguments))
+    except ValueError as error:  # std::invalid_argument
+        raise InputError(str(error)) from None
 
-    Here `grad` stays differentiable although nobody is handed it: a second differentiation then reaches `_backward`, which
-    refuses it, instead of finding a constant.
+
+class _Loss(torch.autograd.Function):
+    """The op in eager code. What apply is given and gives is kept small: every argument and output of it costs time in every step.
+
+    `grad` stays differentiable although nobody is handed it: a second differentiation then reaches `backward`, which refuses it,
+    instead of finding a constant.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, impl: str, rest: tuple[Any, ...], statistics: list[Tensor]) -> Any:
+        with _below_autograd():  # otherwise the op's own autograd, which has nothing to do here, would look at every argument
+            loss, grad, *counted = _run(impl, (logits, *rest))
+        statistics += counted
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad, rest[_UPSTREAM - 1])
+        return loss, grad
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, second: Tensor | None) -> Any:
+        return _logits_gradient(ctx, upstream, second), None, None, None
+
+
+class _FuncLoss(torch.autograd.Function):
+    """The op under torch.func, which wants its setup_context apart and every tensor among the arguments and outputs.
+
+    It refuses the class that register_autograd generates. Outside torch.func it would cost more: PyTorch binds the arguments by
+    inspecting forward's signature.
     """
 
     @staticmethod
     def forward(impl: str, *arguments: Any) -> Any:
-        try:
-            return tuple(_OPS[impl](*arguments))
-        except ValueError as error:  # std::invalid_argument
-            raise InputError(str(error)) from None
+        return _run(impl, arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -279,13 +309,22 @@ for _name in BACKENDS:
     torch.library.register_autograd(f"ferkd::loss_{_name}", _backward, setup_context=_setup_raw, lib=_library)
     _OPS[_name] = getattr(torch.ops.ferkd, f"loss_{_name}").default
 torch.library.register_fake("ferkd::scale_", lambda grad, upstream: None, lib=_library)
+_SCALE = torch.ops.ferkd.scale_.default
+
+# Private names, which may go: without them the slower ways are taken.
+_below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
+_functorch_is_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
-def loss(impl: str, *arguments: Any) -> reference.Answer:
+def loss(impl: str, logits: Tensor, *rest: Any) -> reference.Answer:
     """Runs a chosen backend on checked arguments, in the schema's order; differentiable with respect to the logits, once.
 
     Raises InputError when the data are wrong (always on a CPU, under validate=True on a GPU).
     """
     if torch.compiler.is_compiling():
-        return reference.Answer(*_OPS[impl](*arguments))
-    return reference.Answer(*_Loss.apply(impl, *arguments))
+        return reference.Answer(*_OPS[impl](logits, *rest))
+    if _functorch_is_active():
+        return reference.Answer(*_FuncLoss.apply(impl, logits, *rest))
+    statistics: list[Tensor] = []
+    value, grad = _Loss.apply(logits, impl, rest, statistics)
+    return reference.Answer(value, grad, *statistics)

@@ -130,7 +130,8 @@ def offered_by_torch_2_11():
     """The C functions that the installed headers declare to an extension which targets torch 2.11."""
     from torch.utils.cpp_extension import include_paths
 
-    headers = ("torch/csrc/inductor/aoti_torch/c/shim.h", "torch/csrc/stable/c/shim.h")
+    shim = "torch/csrc/inductor/aoti_torch"
+    headers = (f"{shim}/c/shim.h", f"{shim}/generated/c_shim_aten.h", "torch/csrc/stable/c/shim.h")
     source = "".join(f"#include <{header}>\n" for header in headers)
     flags = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY", "-DUSE_CUDA", *(f"-I{path}" for path in include_paths())]
     command = ["g++", "-std=c++20", "-E", "-P", "-x", "c++", *flags, "-"]

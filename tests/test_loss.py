@@ -454,7 +454,7 @@ def isa(request, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set_gives_the_oracles_figures(isa, dtype):
-    for classes in (3, 1000, 4097 + 15):
+    for classes in (3, 1000, 4097 + 15, 8193 + 15):  # the last: longer than the exponentials of half types that are kept
         ids, probs, target = labels(10, classes, 3)
         x = logits(10, classes, dtype)
         if dtype == torch.float16:
@@ -487,6 +487,35 @@ def test_half_types_round_as_torch_rounds(isa, dtype):
         assert torch.equal(found.isnan(), expected.isnan())
         keep = ~expected.isnan()
         assert torch.equal(found[keep].view(torch.int16), expected[keep].view(torch.int16)), factor
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [10, 300, 5000])
+def test_a_rows_figures_do_not_depend_on_the_rows_beside_it(isa, classes, dtype):
+    """The kernel takes rows in groups; some rows of a group are discarded, and the last group is short."""
+    ids, probs, target = labels(37, classes, 4)
+    x = logits(37, classes, dtype)
+    rule = {"policy": POLICY, "reduction": "none", "impl": "cpu"}
+    together = loss_and_gradient(x, (ids, probs), target, **rule)
+    assert (together[0] == 0).any()
+    for b in range(37):
+        row = slice(b, b + 1)
+        alone = loss_and_gradient(x[row], (ids[row], probs[row]), target[row], **rule)
+        assert torch.equal(alone[0][0], together[0][b])
+        assert torch.equal(alone[1][0], together[1][b])
+
+
+def test_nan_of_any_kind_stays_nan_in_half_types(isa):
+    for dtype in (torch.bfloat16, torch.float16):
+        for bits in (0x7FC00000, 0x7FFFFFFF, -1):  # the usual one; all ones, which rounding by an integer addition would make a number
+            found = torch.ones(1, 40, dtype=dtype)
+            torch.ops.ferkd.scale_(found, torch.tensor(bits, dtype=torch.int32).view(torch.float32))
+            assert found.isnan().all()
+            ids, probs, target = labels(2, 40, 3)
+            promised = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+            x = logits(2, 40, dtype).requires_grad_()
+            loss = ferkd_loss(x, (ids, probs), target, impl="cpu", upstream=promised)
+            assert loss.grad_fn.saved_tensors[0].isnan().all()
 
 
 @pytest.mark.skipif(ops.why_not("cpu", "cpu") is not None, reason="the extension is not built")

@@ -1,5 +1,6 @@
 """The ops keep what PyTorch expects of an operator: autograd in every guise, compilation, mixed precision, DDP; auto says what it took."""
 
+import contextlib
 import logging
 import os
 import socket
@@ -196,6 +197,19 @@ def test_torch_func_grad(impl):
     found = torch.func.grad(lambda z: ferkd_loss(z, pairs, target, policy=POLICY, impl=impl) * 2)(x.detach())
     torch.testing.assert_close(found, 2 * gradient(x, pairs, target, impl=impl))
     assert not found.requires_grad
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_without_pytorchs_private_names_everything_is_the_same(impl, monkeypatch):
+    x, pairs, target = problem()
+    expected = gradient(x, pairs, target, impl=impl)
+    monkeypatch.setattr(ops, "_below_autograd", contextlib.nullcontext)
+    assert torch.equal(gradient(x, pairs, target, impl=impl), expected)
+    monkeypatch.setattr(ops, "_functorch_is_active", lambda: True)
+    assert torch.equal(gradient(x, pairs, target, impl=impl), expected)
+    loss, stats = ferkd_loss(x, pairs, target, impl=impl, stats=True)
+    assert loss.requires_grad
+    assert not any(value.requires_grad for value in stats)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
