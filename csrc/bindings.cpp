@@ -72,7 +72,7 @@ double mixed_mass(const LabelJob& job, const AdaptedLabels& labels, int64_t b) {
 Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   int32_t wanted = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_aten_new_empty(like.get(), sizes.begin(), int64_t(sizes.size()), &wanted, nullptr, nullptr, 0, nullptr, &made));
   return Tensor(made);
 }
