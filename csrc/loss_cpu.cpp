@@ -32,7 +32,9 @@ constexpr int64_t BLOCK = 4096;              // classes whose sum may be float32
 constexpr int GROUP = 16;                    // rows that go through a pass together, at most
 constexpr int64_t GROUP_BYTES = 8192;        // their logits: these, their gradients and the next group's fit a first-level cache
 constexpr int64_t AHEAD_BYTES = 128 * 1024;  // a longer row is not fetched before its turn: it would push out the one in work
-constexpr int64_t KEPT = 8192;               // exponentials of half types that AVX-512 keeps between the passes, in the first-level cache
+// Exponentials of half types that AVX-512 keeps between the passes: half of a second-level cache of 1 MiB. They cost 4 C bytes a thread
+// and make bfloat16 faster than float32 (C = 21,841: 0.57 ms against 0.80; computed twice, 0.88).
+constexpr int64_t KEPT = 131072;
 
 struct BFloat16 {
   uint16_t bits;
@@ -449,8 +451,8 @@ FERKD_INLINE void loss_rows(const LossJob& job, int64_t begin, int64_t end) {
   const bool stats = job.correct != nullptr;
   const double per_temperature = 1.0 / job.temperature, grad_scale = job.grad_scale, loss_scale = job.loss_scale;
   const A exponent = A(1.4426950408889634 / job.temperature);  // 1 / (T ln 2)
-  // Between the passes exp d lies where the gradient will be. That of half types lies in a scratch that the first-level cache holds;
-  // for a longer row AVX-512 computes it again, and the others, which take twice as long for that, use a scratch as long as the row.
+  // Between the passes exp d lies where the gradient will be. That of half types lies in a scratch that the cache holds; for a longer
+  // row AVX-512 computes it again, and the others, which take twice as long for that, use a scratch as long as the row.
   const bool keeps = !narrow_type || widened || C <= KEPT;
   std::vector<A> scratch(narrow_type && keeps ? group * C : 0);
   Row<T, A> rows[GROUP];
