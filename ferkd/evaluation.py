@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from ferkd.data import CenterViews, evaluation_loader, loaded
+from ferkd.distributed import Ranks
 from ferkd.folders import class_mapping, scan_split
 from ferkd.teacher import LoadedModel, Preprocessing
 
@@ -47,18 +48,23 @@ def evaluate(
     batch_size: int,
     workers: int | None = None,
     amp: torch.dtype | None = None,
+    ranks: Ranks | None = None,
 ) -> Accuracy:
     """Top-1 and top-5 over evaluation views (pixels uint8 [3, S, S], class id, number).
 
-    `folder_classes`: the class ids that have a folder, for `top1_folders`. `amp`: the autocast dtype, None for float32.
+    `folder_classes`: the class ids that have a folder, for `top1_folders`. `amp`: the autocast dtype, None for float32. With `ranks`
+    every process looks at its own share of the images and all return the same figures.
     """
     model.eval()
     mean = torch.tensor(preprocessing.mean, device=device)[:, None, None]
     std = torch.tensor(preprocessing.std, device=device)[:, None, None]
     has_folder = torch.from_numpy(np.unique(folder_classes)).to(device)
     hits = torch.zeros(3, dtype=torch.int64, device=device)
-    images = 0
-    if isinstance(views, TensorDataset):  # decoded already
+    images = torch.zeros((), dtype=torch.int64, device=device)
+    is_decoded = isinstance(views, TensorDataset)
+    if ranks is not None and ranks.world > 1:
+        views = Subset(views, range(ranks.rank, len(views), ranks.world))  # type: ignore[arg-type]
+    if is_decoded:
         workers = 0
     elif workers is None:
         workers = min(8, max(0, (os.cpu_count() or 1) - 1))
@@ -71,5 +77,8 @@ def evaluate(
         among = has_folder[logits[:, has_folder].argmax(1)] == target
         hits += torch.stack([top[:, 0].sum(), top.any(1).sum(), among.sum()])
         images += len(target)
+    if ranks is not None:
+        ranks.sum(hits)
+        ranks.sum(images)
     top1, top5, among_folders = (hits.double() / images).tolist()
-    return Accuracy(top1, top5, among_folders, images)
+    return Accuracy(top1, top5, among_folders, int(images))

@@ -66,6 +66,10 @@ class TrainConfig:
     """The rate at the end of the cosine."""
     lr_step: Literal["step", "pass"] = "step"
     """`pass` holds the rate constant while the images are visited once, as FKD's epoch counter does."""
+    accumulate: int = 1
+    """Parts in which a process passes its share of a step through the student: less memory, the same gradients (but for BatchNorm)."""
+    sync_batchnorm: bool = False
+    """BatchNorm over the crops of all processes (GPUs only); otherwise over each process's own."""
     clip_grad: float | None = None
     """Largest norm of the gradient."""
     drop_path: float = 0.0
@@ -97,7 +101,7 @@ class TrainConfig:
         for name in ("epochs", "lr", "temperature", "eval_every"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise InputError(f"{name}: {getattr(self, name)} is not a positive number")
-        for name in ("batch_size", "crops_per_image", "log_every"):
+        for name in ("batch_size", "crops_per_image", "accumulate", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} is less than 1")
         if not (math.isfinite(self.warmup) and self.warmup >= 0):

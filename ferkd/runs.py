@@ -35,12 +35,13 @@ class RunFolder:
         notes: Mapping[str, Any],
         resume: bool,
         say: Callable[[str], None],
+        writer: bool = True,
     ) -> None:
         """`identity`: what, besides the settings, makes this run this run (JSON values). `notes`: what config.json should also say.
 
         Raises InputError when the folder holds a run and `resume` is False, or cannot be made.
         """
-        self.path, self.resume, self.say = path, resume, say
+        self.path, self.resume, self.say, self.writer = path, resume, say, writer
         settings = dataclasses.asdict(config)
         self.identity = {**identity, **{name: value for name, value in settings.items() if name not in self.UNIMPORTANT}}
         self.machine = {
@@ -51,6 +52,8 @@ class RunFolder:
         }
         if not resume and any((self.path / name).exists() for name in ("checkpoint.pt", *RUN_WEIGHTS)):
             raise InputError(f"{path}: holds a run already; add --resume to go on with it, or choose another --out")
+        if not writer:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if not self.checkpoint.exists():
@@ -88,10 +91,13 @@ class RunFolder:
                 self.say(
                     f"warning: resuming with {name} {value} what was begun with {machine.get(name)}: results may differ in the last bits"
                 )
-        self._forget_log_after(state["step"], state["assessed"])
+        if self.writer:
+            self._forget_log_after(state["step"], state["assessed"])
         return dict(state)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
+        if not self.writer:
+            return
         buffer = io.BytesIO()
         torch.save({"identity": json.dumps(self.identity), "machine": json.dumps(self.machine), "state": state}, buffer)
         self._write("checkpoint.pt", buffer.getvalue())
@@ -99,12 +105,16 @@ class RunFolder:
     def save_weights(
         self, which: str, model: nn.Module, classes: tuple[str, ...], preprocessing: Preprocessing, extra: dict[str, str]
     ) -> None:
-        save_weights(self.path / f"{which}.safetensors", model, self.identity["student"], classes, preprocessing, extra)
+        if self.writer:
+            save_weights(self.path / f"{which}.safetensors", model, self.identity["student"], classes, preprocessing, extra)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        self._write(name, (json.dumps(value, indent=2) + "\n").encode())
+        if self.writer:
+            self._write(name, (json.dumps(value, indent=2) + "\n").encode())
 
     def log(self, line: Mapping[str, Any]) -> None:
+        if not self.writer:
+            return
         with self._naming("log.jsonl"), open(self.path / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 

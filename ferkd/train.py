@@ -7,6 +7,7 @@ optimiser's state, and a resumed run continues exactly.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -39,14 +40,16 @@ from ferkd.data import (
     StoredCrops,
     StreamSampler,
     check_same_photos,
+    keyed_hash,
     loaded,
     plan_phases,
     training_loader,
 )  # fmt: skip
+from ferkd.distributed import Ranks, StopVote, joined
 from ferkd.errors import InputError, Stopped
 from ferkd.evaluation import Accuracy, evaluate
 from ferkd.folders import Split, check_same_classes, scan_split
-from ferkd.loss import LossStats, ferkd_loss
+from ferkd.loss import LossStats, ferkd_loss, label_mass
 from ferkd.mixing import MixedRows, draw_mixing, mix_pixels
 from ferkd.recipes import TrainConfig
 from ferkd.records import Records
@@ -79,11 +82,22 @@ def train(job: Job) -> dict[str, Any]:
     RUN then holds config.json, log.jsonl, last.safetensors and best.safetensors (which timm loads), and checkpoint.pt to resume from.
     Raises InputError for what cannot be trained, Stopped after SIGTERM or Ctrl-C (everything saved).
     """
-    config = job.config
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("torchrun: training on several processes is not supported by this version; start `ferkd train` without torchrun")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    workers = min(8, max(0, (os.cpu_count() or 1) - 1)) if config.workers is None else config.workers
+    with joined() as ranks:
+        if not ranks.is_main:
+            job = dataclasses.replace(job, say=lambda line: None)
+        try:
+            return _train(job, ranks)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"{ranks.device}: out of memory ({str(error).splitlines()[0]}); add --accumulate {2 * job.config.accumulate}, "
+                "which gives the same gradients in smaller parts, or --amp bf16, or lower --batch-size"
+            ) from error
+
+
+def _train(job: Job, ranks: Ranks) -> dict[str, Any]:
+    config, device = job.config, ranks.device
+    cores = (os.cpu_count() or 1) // ranks.local_world
+    workers = min(8, max(0, cores - 1)) if config.workers is None else config.workers
 
     # The student, its classes and its input.
     if job.labels is None and (config.policy.discards or config.policy.calibrate_below > 0):
@@ -110,16 +124,19 @@ def train(job: Job) -> dict[str, Any]:
         )
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model = model.to(device).to(memory_format=layout)
+    if config.sync_batchnorm:
+        if device.type != "cuda":
+            raise InputError("sync_batchnorm: PyTorch's works on GPUs only; train without it here")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     # The stream of crops.
     usable, shares = _usable_images(store, train_split, config.policy)
     phases = plan_phases(len(usable), config.batch_size, config.epochs, config.crops_per_image,
                          config.warmup if config.single_crop_warmup else 0.0, config.last_single)  # fmt: skip
     stream = CropStream(len(usable), config.batch_size, phases, config.seed)
-    for phase in phases:  # a batch that cannot be mixed is refused now, not when its phase begins
-        draw_mixing(
-            config.mixing, config.seed, 0, 0, config.batch_size // phase.crops_per_image, phase.crops_per_image, preprocessing.input_size
-        )
+    for phase in phases:  # a batch that cannot be shared out or mixed is refused now, not when its phase begins
+        images = _images_a_part(config, phase.crops_per_image, ranks.world)
+        draw_mixing(config.mixing, config.seed, 0, 0, images, phase.crops_per_image, preprocessing.input_size)
     dataset, val_views = _datasets(job, store, train_split, val, usable, preprocessing, class_of_val_folder, max(1, workers))
     epochs_a_step = config.batch_size / len(usable)
 
@@ -127,15 +144,15 @@ def train(job: Job) -> dict[str, Any]:
     optimizer = _optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True) if config.ema_decay else None
-    forward: Callable[..., tuple[Tensor, LossStats]] = ForwardPass(model, preprocessing, config, store, device)
-    if config.compile:
-        forward = torch.compile(forward)
+    wrapped = ranks.wrapped(model)
+    forward_pass = ForwardPass(wrapped, preprocessing, config, len(classes), store, device)
+    forward: Callable[..., tuple[Tensor, LossStats]] = torch.compile(forward_pass) if config.compile else forward_pass
     identity = {"student": job.student, "classes": len(classes), "images": len(usable), "steps": stream.total_steps,
                 "store": store.manifest_sha256 if store else None,
                 "photos": train_split.paths.sha256() if train_split else None}  # fmt: skip
     paths = {"data": job.data, "labels": job.labels, "init": job.init}
     notes = {"pretrained": job.pretrained, **{name: str(path) if path else None for name, path in paths.items()}}
-    run = RunFolder(job.out, config, identity, notes, job.resume, job.say)
+    run = RunFolder(job.out, config, identity, notes, job.resume, job.say, writer=ranks.is_main)
     checkpoint = run.load_checkpoint(device)
     step, assessed, best, seconds = 0, 0, -1.0, 0.0
     if checkpoint:
@@ -144,40 +161,43 @@ def train(job: Job) -> dict[str, Any]:
         scaler.load_state_dict(checkpoint["scaler"])
         if ema:
             ema.load_state_dict(checkpoint["ema"])
-        torch.set_rng_state(checkpoint["rng"].cpu())
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu())
         step, assessed, best, seconds = (checkpoint[name] for name in ("step", "assessed", "best", "seconds"))
         job.say(f"resuming at step {step:,} of {stream.total_steps:,}")
+    _set_random_state(checkpoint, ranks, config.seed, step)
 
     def save_checkpoint() -> None:
-        check_loss(float(meter.loss), step, config)  # what is saved must be worth going on with
+        check_loss(float(ranks.sum(meter.loss.clone())), step, config)  # what is saved must be worth going on with
+        ranks.share_buffers(model)
+        random = ranks.gathered((torch.get_rng_state(), torch.cuda.get_rng_state() if device.type == "cuda" else None))
         state = {"step": step, "assessed": assessed, "best": best, "seconds": seconds, "model": model.state_dict(),
                  "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                 "ema": ema.state_dict() if ema else None, "rng": torch.get_rng_state(),
-                 "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}  # fmt: skip
+                 "ema": ema.state_dict() if ema else None, "random": random}  # fmt: skip
         run.save_checkpoint(state)
 
     def assess(evaluated: nn.Module) -> Accuracy:
+        ranks.share_buffers(evaluated)
         return evaluate(evaluated, val_views, preprocessing, class_of_val_folder, device,
-                        batch_size=min(128, config.batch_size), workers=config.workers, amp=AMP_DTYPE[config.amp])  # fmt: skip
+                        batch_size=min(128, config.batch_size), workers=config.workers, amp=AMP_DTYPE[config.amp], ranks=ranks)  # fmt: skip
 
     eval_steps = max(1, round(config.eval_every / epochs_a_step))
 
     def assessment_is_due() -> bool:
         return step > assessed and (step % eval_steps == 0 or step == stream.total_steps)
 
-    sampler = StreamSampler(stream, step, stream.total_steps)
+    sampler = StreamSampler(stream, step, stream.total_steps, ranks.rank, ranks.world)
     batches = loaded(training_loader(dataset, sampler, workers, pin_memory=device.type == "cuda"))
-    meter = Meter(device)
+    meter = Meter(ranks)
+    vote = StopVote(ranks)
     accuracy: Accuracy | None = None
     started = time.perf_counter()
     with stop_when_asked() as stop_asked:
         while step < stream.total_steps or assessment_is_due():
-            if assessment_is_due() or stop_asked():
+            stopping = vote(stop_asked())
+            if assessment_is_due() or stopping:
                 seconds += time.perf_counter() - started
                 save_checkpoint()  # evaluating may take long, or meet a broken photograph: what is learnt is safe before
-                if stop_asked():
+                if stopping:
+                    vote.close()
                     raise Stopped(
                         f"stopped at step {step:,} of {stream.total_steps:,}; everything is saved in {job.out}: go on with --resume"
                     )
@@ -210,16 +230,20 @@ def train(job: Job) -> dict[str, Any]:
             rate = config.learning_rate(_epoch(stream, step, epochs_a_step, config))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            crops = stream.crops_per_image(step)
-            mixed = draw_mixing(
-                config.mixing, config.seed, step, stream.first_slot(step), config.batch_size // crops, crops, preprocessing.input_size
-            )
+            parts = _parts(batch, stream, step, config, ranks, preprocessing.input_size)
 
             model.train()
             # The gradient is computed together with the loss, so it must know the scale that backward() will bring.
             upstream = scaler.scale(torch.ones((), device=device)) if scaler.is_enabled() else None
-            loss, stats = forward(*_to_device((batch, mixed), device), upstream)
-            scaler.scale(loss).backward()
+            # A mean divides by the mass of all rows of the step, wherever they are; DDP then averages over the processes.
+            normalizer = None
+            if len(parts) * ranks.world > 1:
+                normalizer = ranks.sum(torch.stack([forward_pass.mass(*part) for part in parts]).sum()) / ranks.world
+            for number, part in enumerate(parts):
+                with contextlib.nullcontext() if number == len(parts) - 1 else ranks.without_averaging(wrapped):
+                    loss, stats = forward(*part, upstream, normalizer)
+                    scaler.scale(loss).backward()
+                meter.add(loss, stats)
             if config.clip_grad:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
@@ -230,7 +254,7 @@ def train(job: Job) -> dict[str, Any]:
                 ema.update_parameters(model)
             step += 1
 
-            meter.add(loss, stats)
+            meter.steps += 1
             if step % config.log_every == 0 or step == stream.total_steps:
                 line: dict[str, Any] = {
                     "kind": "train",
@@ -245,6 +269,7 @@ def train(job: Job) -> dict[str, Any]:
                 left = (stream.total_steps - step) * config.batch_size / line["crops_per_second"]
                 job.say(_progress(line, stream.total_steps, left))
 
+    vote.close()
     if accuracy is None:  # resumed after the last step
         accuracy = assess(ema.module if ema else model)
     summary = {
@@ -263,16 +288,24 @@ class ForwardPass(nn.Module):
     std: Tensor
 
     def __init__(
-        self, model: nn.Module, preprocessing: Preprocessing, config: TrainConfig, store: LabelStore | None, device: torch.device
+        self,
+        model: nn.Module,
+        preprocessing: Preprocessing,
+        config: TrainConfig,
+        classes: int,
+        store: LabelStore | None,
+        device: torch.device,
     ) -> None:
         super().__init__()
-        self.model, self.config = model, config
+        self.model, self.config, self.classes = model, config, classes
         self.record_kind = (store.label_codec, store.k, store.classes) if store else None
         self.amp = AMP_DTYPE[config.amp]
         self.register_buffer("mean", torch.tensor(preprocessing.mean, device=device)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(preprocessing.std, device=device)[:, None, None], persistent=False)
 
-    def forward(self, batch: CropBatch, mixed: MixedRows | None, upstream: Tensor | None) -> tuple[Tensor, LossStats]:
+    def forward(
+        self, batch: CropBatch, mixed: MixedRows | None, upstream: Tensor | None, normalizer: Tensor | None
+    ) -> tuple[Tensor, LossStats]:
         config = self.config
         images = (batch.pixels.float() / 255 - self.mean) / self.std
         if mixed is not None:
@@ -280,25 +313,35 @@ class ForwardPass(nn.Module):
         images = images.contiguous(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
         with torch.autocast(images.device.type, dtype=self.amp, enabled=self.amp is not None):
             logits = self.model(images)
-        labels: Records | tuple[Tensor, Tensor]
-        if self.record_kind and batch.words is not None:
-            codec, k, classes = self.record_kind
-            labels, policy = Records(batch.words, codec, k, classes), config.policy
-        else:  # the ground truth, softened: the same kernel with k = 1 and a smooth tail
-            labels = (batch.target[:, None], torch.full_like(batch.target[:, None], 1.0 - config.policy.smoothing, dtype=torch.float32))
-            policy = RegionPolicy()
+        labels, policy = self._labels(batch)
         loss, stats = ferkd_loss(
             logits, labels, batch.target, policy=policy, temperature=config.temperature, tail=config.tail, tau_squared=config.tau_squared,
-            mix=(mixed.partner, mixed.lam) if mixed is not None else None, upstream=upstream, impl=config.impl, stats=True,
+            mix=(mixed.partner, mixed.lam) if mixed is not None else None, upstream=upstream, normalizer=normalizer, impl=config.impl,
+            stats=True,
         )  # fmt: skip
         return loss, stats
+
+    def mass(self, batch: CropBatch, mixed: MixedRows | None) -> Tensor:
+        """The labels' mass, summed over the rows: 0-dim float32."""
+        labels, policy = self._labels(batch)
+        mix = (mixed.partner, mixed.lam) if mixed is not None else None
+        return label_mass(
+            labels, batch.target, classes=self.classes, policy=policy, temperature=self.config.temperature, tail=self.config.tail, mix=mix
+        ).sum()
+
+    def _labels(self, batch: CropBatch) -> tuple[Records | tuple[Tensor, Tensor], RegionPolicy]:
+        if self.record_kind and batch.words is not None:
+            return Records(batch.words, *self.record_kind), self.config.policy
+        # The ground truth, softened: the same kernel with k = 1 and a smooth tail.
+        certain = torch.full_like(batch.target[:, None], 1.0 - self.config.policy.smoothing, dtype=torch.float32)
+        return (batch.target[:, None], certain), RegionPolicy()
 
 
 class Meter:
     """Sums of a stretch of steps, kept on the device so that no step waits for the host, and the time spent waiting for data."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self.device = ranks, ranks.device
         self.restart()
 
     def restart(self) -> None:
@@ -317,11 +360,13 @@ class Meter:
         self.loss += loss.detach()
         self.correct += stats.correct.sum()
         self.regions += (stats.region[:, None] == torch.arange(len(Region), device=self.device)).sum(0)
-        self.steps += 1
 
     def read(self, batch_size: int) -> dict[str, Any]:
-        """The figures since the last reading; waits for the device."""
+        """The figures since the last reading, over all processes, each of which must read; waits for the device."""
         rows = self.steps * batch_size
+        self.ranks.sum(self.loss).div_(self.ranks.world)
+        self.ranks.sum(self.correct)
+        self.ranks.sum(self.regions)
         shares = {region.name.lower(): round(count / rows, 6) for region, count in zip(Region, self.regions.tolist(), strict=True)}
         figures = {"loss": float(self.loss) / self.steps, "train_top1": float(self.correct) / rows, "regions": shares}
         elapsed = time.perf_counter() - self.started
@@ -451,6 +496,48 @@ def _epoch(stream: CropStream, step: int, epochs_a_step: float, config: TrainCon
         crops = stream.crops_per_image(step)
         epoch = math.floor(epoch / crops + 1e-9) * crops
     return epoch
+
+
+def _images_a_part(config: TrainConfig, crops_per_image: int, world: int) -> int:
+    """The images of a part: what one process passes through the student at once. Raises InputError when a step cannot be shared out so."""
+    images, parts = config.batch_size // crops_per_image, world * config.accumulate
+    said = f"{images} images a step, shared out over {world} process(es) in {config.accumulate} part(s) each,"
+    if images % parts:
+        raise InputError(f"batch_size: {said} are not even; choose a multiple of {parts * crops_per_image} crops")
+    group = 1 if config.mixing.mix in ("none", "selfmix") else min(config.mixing.mix_group, images)
+    if parts > 1 and images // parts % group:
+        raise InputError(
+            f"mix_group: {group} images find their partners among each other, but {said} are {images // parts} a part; "
+            "choose a divisor of that"
+        )
+    return images // parts
+
+
+def _parts(
+    batch: CropBatch, stream: CropStream, step: int, config: TrainConfig, ranks: Ranks, size: int
+) -> list[tuple[CropBatch, MixedRows | None]]:
+    """This process's rows of a step in the parts that pass through the student at once, with their mixing, on the device."""
+    crops = stream.crops_per_image(step)
+    images = _images_a_part(config, crops, ranks.world)
+    parts = []
+    for part in range(config.accumulate):
+        first_slot = stream.first_slot(step) + (ranks.rank * config.accumulate + part) * images
+        mixed = draw_mixing(config.mixing, config.seed, step, first_slot, images, crops, size)
+        rows = slice(part * images * crops, (part + 1) * images * crops)
+        own = CropBatch(batch.pixels[rows], None if batch.words is None else batch.words[rows], batch.target[rows])
+        parts.append(_to_device((own, mixed), ranks.device))
+    return parts
+
+
+def _set_random_state(checkpoint: Mapping[str, Any] | None, ranks: Ranks, seed: int, step: int) -> None:
+    """The random state of dropout and its like: each process's own; as it was, if as many processes go on as were stopped."""
+    if checkpoint and len(checkpoint["random"]) == ranks.world:
+        on_cpu, on_gpu = checkpoint["random"][ranks.rank]
+        torch.set_rng_state(on_cpu.cpu())
+        if on_gpu is not None and ranks.device.type == "cuda":
+            torch.cuda.set_rng_state(on_gpu.cpu())
+    elif checkpoint or ranks.world > 1:
+        torch.manual_seed(int(keyed_hash(seed, step, ranks.rank)[0] >> np.uint64(1)))
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

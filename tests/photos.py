@@ -89,6 +89,14 @@ def tiny_net(num_classes: int) -> tuple[nn.Module, dict[str, object]]:
     return net, {"input_size": 16, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 
 
+def plain_net(num_classes: int) -> tuple[nn.Module, dict[str, object]]:
+    """The same without BatchNorm, whose statistics depend on how a batch is shared out."""
+    net, described = tiny_net(num_classes)
+    assert isinstance(net, nn.Sequential)
+    del net[1]
+    return net, described
+
+
 def dropping_net(num_classes: int) -> tuple[nn.Module, dict[str, object]]:
     """The same with dropout, whose random state a resumed run must continue."""
     net, described = tiny_net(num_classes)

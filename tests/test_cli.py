@@ -151,13 +151,14 @@ def test_other_errors_show_where_they_came_from(photos: Path, tmp_path: Path, mo
         run("train", "--data", photos, "--out", tmp_path / "run", *FAST)
 
 
-@pytest.mark.parametrize("command", [["label", "--teacher", "python:photos:tiny_net"], ["train", "--student", "python:photos:tiny_net"]])
-def test_torchrun_is_refused_in_these_words(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str]
+def test_torchrun_is_refused_in_words_where_it_does_not_work(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run(*command, "--data", photos, "--out", tmp_path / "out") == 2
-    assert f"start `ferkd {command[0]}` without torchrun" in error_of(capsys)
+    assert run("label", "--teacher", "python:photos:tiny_net", "--data", photos, "--out", tmp_path / "out") == 2
+    assert "start `ferkd label` without torchrun" in error_of(capsys)
+    assert run("train", "--student", "python:photos:tiny_net", "--data", photos, "--out", tmp_path / "out") == 2
+    assert "WORLD_SIZE: set, but 'RANK' is not; start several processes with torchrun" in error_of(capsys)
 
 
 def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
