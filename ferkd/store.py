@@ -7,7 +7,6 @@ read is checked against a CRC32, and a store appears whole or not at all: its ma
 from __future__ import annotations
 
 import bisect
-import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -359,7 +358,8 @@ class LabelStore:
         self.label_width = label_words(m.label_codec, m.k, m.classes)
         self._image_bytes, self._shard_images = m.image_bytes, m.shard_images
         self._box_bytes = m.image_bytes - 4 * m.crops * self.label_width
-        self._open: collections.OrderedDict[int, _OpenShard] = collections.OrderedDict()
+        # A plain dict, whose single operations no other thread comes between; an OrderedDict's, of which a shard's closing is part, break.
+        self._open: dict[int, _OpenShard] = {}
 
     def __reduce__(self) -> tuple[type[LabelStore], tuple[Path]]:
         return LabelStore, (self.path,)
@@ -422,12 +422,11 @@ class LabelStore:
         if shard is None:
             described = self.manifest.shards[number]
             shard = self._open[number] = _OpenShard(self.path / described.file, described.bytes)
-            if len(self._open) > _OPEN_SHARDS:
-                with contextlib.suppress(KeyError):  # another thread was faster
-                    self._open.popitem(last=False)
-        elif len(self.manifest.shards) > _OPEN_SHARDS:
-            with contextlib.suppress(KeyError):
-                self._open.move_to_end(number)
+            for oldest in list(self._open)[:-_OPEN_SHARDS]:
+                self._open.pop(oldest, None)
+        elif len(self.manifest.shards) > _OPEN_SHARDS:  # the most recently used stand last
+            self._open.pop(number, None)
+            self._open[number] = shard
         return shard
 
     def read(self, image: int) -> ImageLabels:
