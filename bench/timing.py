@@ -51,17 +51,23 @@ def cpu_seconds(calls: Mapping[Key, Call], seconds: float, block: int = 4) -> di
     return times
 
 
+AHEAD_CYCLES = 8_000_000
+"""Clock cycles, some 5 ms: longer than the host needs to queue a block of calls."""
+
+
 def gpu_seconds(calls: Mapping[Key, Call], seconds: float, block: int = 20) -> dict[Key, list[float]]:
     """Seconds of each call between two events on the device, in blocks of the same call that take turns.
 
-    Inside a block the host runs ahead as it does in training. Where it cannot (a call of many small launches), the gaps are part of
-    the time; `graph_seconds` shows the device's own.
+    Before a block the device is kept busy for some milliseconds, so that the host is ahead as it is in training and its own time is not
+    measured. Where it falls behind all the same (a call of many small launches), the gaps are part of the time; `graph_seconds` shows
+    the device's own.
     """
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(block)]
     times: dict[Key, list[float]] = {key: [] for key in calls}
     end = time.perf_counter() + seconds
     while True:
         for key, call in calls.items():
+            torch.cuda._sleep(AHEAD_CYCLES)
             for start, stop in events:
                 start.record()
                 call()

@@ -132,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_cuda(
 // grad [B, C] times upstream, 0-dim or [B] float32, in place.
 void scale_(Tensor grad, Tensor upstream) {
   const Dtype dtype = dtype_of(grad, "grad");
-  require(grad.dim() == 2 && grad.is_contiguous(), "grad: it must be [B, C] and contiguous");
+  require(grad.dim() == 2 && grad.is_contiguous() && grad.size(1) <= INT32_MAX, "grad: it must be [B, C] and contiguous");
   require(upstream.get_device_index() == grad.get_device_index() && upstream.scalar_type() == ScalarType::Float &&
               (upstream.dim() == 0 || (upstream.dim() == 1 && upstream.size(0) == grad.size(0))),
           "upstream: it must be of the loss's dtype, shape and device");

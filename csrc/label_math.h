@@ -126,8 +126,14 @@ FERKD_HD PackedShare packed_share(const uint32_t* words, int j, int k, const Pac
   const int begin = k * grid.id_bits;
   const uint32_t code = j == 0 ? bit_field(words, begin, 14) : bit_field(words, begin + 14 + 8 * (j - 1), 8);
   if (code == 0) return {0.0f, 1.0f};
-  const float logit = grid.lowest + float(int(code) - 1) * (j == 0 ? grid.first_step : grid.later_step);
+  const float by = float(int(code) - 1), step = j == 0 ? grid.first_step : grid.later_step;
+#if defined(__CUDA_ARCH__)  // rounded twice, as every decoder does: fused, a p would be up to 10 last bits away
+  const float logit = __fadd_rn(grid.lowest, __fmul_rn(by, step));
+  const float e = float(exp(-double(logit)));
+#else
+  const float logit = grid.lowest + by * step;
   const float e = expf(-logit);
+#endif
   const float r = 1.0f / (1.0f + e);
   return {r, e * r};
 }

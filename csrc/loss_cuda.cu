@@ -22,7 +22,8 @@ constexpr int LANES = 32;
 constexpr int ROWS_A_BLOCK = 4;      // with a warp a row
 // With a block a row: the most threads of a block and the vectors a thread holds, so many that nothing spills.
 constexpr int SMALL_THREADS = 288, SMALL_VECTORS = 8;   // two blocks a multiprocessor: one loads while the other stores
-constexpr int LARGE_THREADS = 512, LARGE_VECTORS = 12;  // one
+constexpr int FULL_VECTORS = 11;                        // of small blocks for half types, where there are no clusters
+constexpr int LARGE_THREADS = 512, LARGE_VECTORS = 12;  // one block a multiprocessor
 constexpr int MAX_CLUSTER = 8;       // what every GPU with clusters can do
 
 // ------------------------------------------------------------------------------------------------ elements
@@ -146,8 +147,8 @@ struct RowLabel {
   int count;                         // pairs; one whose increment is 0 is left out: its logit may be inf
   Region region;                     // of the row's own label
   int32_t ids[2 * MAX_K];
-  double deltas[2 * MAX_K];
-  float logits[2 * MAX_K];           // x[i_j]
+  double deltas[2 * MAX_K];          // while a label is decoded, its probabilities
+  float logits[2 * MAX_K];           // x[i_j]; while a packed label is decoded, its 1 - r_j
   Partial whole;                     // the row's sums over classes, once they are known
   double loss;                       // of the rows so far
 };
@@ -272,7 +273,10 @@ __device__ void make_scales(const LossJob& job, WarpTeam team, RowLabel& to) {
       total = double(*job.normalizer);
     } else {
 #pragma unroll
-      for (int part = team.lane; part < MASS_PARTS; part += LANES) total += part < job.mass_parts ? job.workspace->mass[part] : 0.0;
+      for (int i = 0; i < MASS_PARTS / LANES; ++i) {
+        const int part = team.lane + i * LANES;
+        total += part < job.mass_parts ? job.workspace->mass[part] : 0.0;
+      }
       total = sum_of_warp(total);
     }
     scale = total == 0.0 ? 0.0 : scale / total;  // every row discarded: 0, never 0/0
@@ -333,9 +337,12 @@ __device__ void load_row(Registers<T, VECTORS>& x, const Span<T>& span, int begi
     if (v < span.last) x.vector[i] = KEEP ? simt::load(span.vector(v)) : simt::load_once(span.vector(v));
   }
   if (begin == span.first && thread < span.edges) x.edge = T::get(span.x[span.edge(thread)]);
+  // All loads are on their way before the first is waited for: short of predicates, the assembler would use one vector before it asks for
+  // the next, and a row would take the memory's latency twice.
+  simt::sync_warp();
 }
 
-// The Partial of a thread's logits. In float32 exp d takes the logits' place in the registers.
+// The Partial of a thread's logits. In float32 exp d takes the logits' place in the registers, where write_row finds it.
 template <typename T, int VECTORS>
 __device__ Partial partial_of(Registers<T, VECTORS>& x, const Span<T>& span, int begin, int thread, int threads, float slope, int target) {
   const bool has_edge = begin == span.first && thread < span.edges;
@@ -371,8 +378,11 @@ __device__ Partial partial_of(Registers<T, VECTORS>& x, const Span<T>& span, int
   const auto add = [&](float logit) {
     const float d = logit - shift;
     const float value = simt::exp2_approximate(d * slope);
-    p.at_largest += d == 0.0f ? 1 : 0;
-    p.rest += d == 0.0f ? 0.0f : value;  // so written that NaN reaches the sum
+    if (d == 0.0f) {
+      ++p.at_largest;
+    } else {  // so written that NaN reaches the sum
+      p.rest += value;
+    }
     p.sum_d += d;
     return value;
   };
@@ -400,10 +410,10 @@ __device__ void write_row(const Registers<T, VECTORS>& x, const Span<T>& span, i
   const bool discarded = label.mass_scaled == 0.0f && label.mass == 0.0;
   const float shift = shift_of(p);
   const float to_whole = p.largest == whole.largest ? 1.0f : simt::exp2_approximate((p.largest - whole.largest) * slope);
-  const float softmax = label.mass_scaled / (whole.rest + float(whole.at_largest)) * to_whole;
+  const float softmax = label.mass_scaled / (whole.rest + float(whole.at_largest)) * to_whole, base = label.base_scaled;
   const auto gradient = [&](float kept) {
     const float e = T::PER_WORD == 1 ? kept : simt::exp2_approximate((kept - shift) * slope);
-    return discarded ? 0.0f : e * softmax - label.base_scaled;  // a constant, never 0 times something: the logits may be inf
+    return discarded ? 0.0f : e * softmax - base;  // a constant, never 0 times something: the logits may be inf
   };
 #pragma unroll
   for (int i = 0; i < VECTORS; ++i) {
@@ -438,8 +448,8 @@ __device__ void gather_logits(const LossJob& job, int64_t b, WarpTeam team, RowL
   team.each(label.count, [&](int j) { label.logits[j] = T::get(x[label.ids[j]]); });
 }
 
-// The loss and the statistics of row b, added up and written by one warp.
-__device__ void finish_row(const LossJob& job, int64_t b, WarpTeam team, RowLabel& label) {
+// The loss and the statistics of row b, added up by one warp and written by the first block of a cluster.
+__device__ void finish_row(const LossJob& job, int64_t b, bool writes, WarpTeam team, RowLabel& label) {
   const Partial whole = label.whole;
   // A row of -inf alone is NaN.
   const float log_sum = whole.largest == -INFINITY ? NAN : log1pf(whole.rest + float(whole.at_largest - 1));
@@ -455,7 +465,7 @@ __device__ void finish_row(const LossJob& job, int64_t b, WarpTeam team, RowLabe
     if (label.base != 0) loss -= label.base * (double(whole.sum_d) * job.labels.exponent);
     loss *= label.loss_scale;
   }
-  if (team.is_first()) {
+  if (team.is_first() && writes) {
     label.loss += loss;
     if (job.reduction == Reduction::NONE) job.loss[b] = float(loss);
     if (job.region != nullptr) {
@@ -464,7 +474,6 @@ __device__ void finish_row(const LossJob& job, int64_t b, WarpTeam team, RowLabe
       job.logsumexp[b] = float(double(whole.largest) * job.labels.exponent + double(log_sum));
     }
   }
-  simt::sync_warp();  // the next row's label may take this one's place
 }
 
 // The gradient at the pairs' ids of this block's part, each written once with the total of all pairs that share its id: formed in float64,
@@ -526,7 +535,7 @@ __device__ void make_label(const LossJob& job, int64_t b, WarpTeam team, RowLabe
 
 // A warp a row.
 template <typename T, int VECTORS>
-__global__ void __launch_bounds__(ROWS_A_BLOCK* LANES, 3) rows_by_warp(const LossJob job) {
+__global__ void __launch_bounds__(ROWS_A_BLOCK* LANES, 4) rows_by_warp(const LossJob job) {
   struct Shared {
     RowLabel label[ROWS_A_BLOCK];
     double of_warp[ROWS_A_BLOCK];
@@ -553,7 +562,8 @@ __global__ void __launch_bounds__(ROWS_A_BLOCK* LANES, 3) rows_by_warp(const Los
     if (span.grad != nullptr) write_row(x, span, 0, team.lane, LANES, job.slope, p, whole, label);
     simt::sync_warp();  // the dense gradient is written
     if (job.grad != nullptr) write_pairs<T>(job, b, 0, 1, team, label);
-    finish_row(job, b, team, label);
+    finish_row(job, b, true, team, label);
+    simt::sync_warp();  // the next row's label takes this one's place
   }
   simt::sync_block();
   double loss = 0;
@@ -564,6 +574,15 @@ __global__ void __launch_bounds__(ROWS_A_BLOCK* LANES, 3) rows_by_warp(const Los
 // A block or a cluster of blocks a row: the last warp of a block has the label, the others the logits. The two kinds of warp run code of
 // their own, which meets at the same barriers: registers of one are not the other's. With READS_TWICE a row larger than the registers
 // is walked twice.
+//
+//     logits warps                            label's warp
+//     load, partial -> of_warp                label, scales
+//     ------------------------------------ meeting of the block
+//                                             of_warp -> of_block in every block (clusters)
+//     ------------------------------------ meeting of the cluster (clusters)
+//     whole; dense gradient                   whole; x[i_j], loss, statistics
+//     ------------------------------------ meeting of the block
+//     next row                                gradient at the pairs' ids; next row
 struct BlockShared {
   RowLabel label;
   Partial of_warp[LANES];            // of the warps that have logits
@@ -579,11 +598,12 @@ __device__ Partial merged_in_row(const BlockShared& shared, int warps, int block
 }
 
 template <typename T, int VECTORS, bool READS_TWICE>
-__device__ void logits_warps(const LossJob& job, BlockShared& shared) {
+__device__ void logits_warps(const LossJob& job, BlockShared& shared, simt::Arrival here) {
   const int thread = simt::thread_index(), threads = simt::block_threads() - LANES;
   const int blocks = simt::cluster_blocks(), rank = simt::cluster_rank();
   const int step = VECTORS * threads;
   int turn = 0;
+  bool is_first_row = true;
   for (int64_t b = simt::block_index() / blocks; b < job.rows; b += simt::grid_blocks() / blocks) {
     const Span<T> span(job, b, rank, blocks);
     Registers<T, VECTORS> x;
@@ -603,7 +623,11 @@ __device__ void logits_warps(const LossJob& job, BlockShared& shared) {
     const Partial of_warp = merged_in_warp(p, job.slope);
     if (thread % LANES == 0) shared.of_warp[thread / LANES] = of_warp;
     simt::sync_block();
-    if (blocks > 1) simt::sync_cluster();
+    if (blocks > 1) {
+      if (is_first_row) simt::wait_cluster(here);
+      simt::sync_cluster();
+    }
+    is_first_row = false;
     const Partial whole = merged_in_row(shared, threads / LANES, blocks, turn, thread % LANES, job.slope);
     turn = 1 - turn;
 
@@ -623,18 +647,19 @@ __device__ void logits_warps(const LossJob& job, BlockShared& shared) {
 }
 
 template <typename T>
-__device__ void label_warp(const LossJob& job, BlockShared& shared) {
+__device__ void label_warp(const LossJob& job, BlockShared& shared, simt::Arrival here) {
   const WarpTeam team{simt::thread_index() % LANES};
   const int blocks = simt::cluster_blocks(), rank = simt::cluster_rank();
   if (team.is_first()) shared.label.loss = 0;
   make_scales(job, team, shared.label);
   int turn = 0;
+  bool is_first_row = true;
   for (int64_t b = simt::block_index() / blocks; b < job.rows; b += simt::grid_blocks() / blocks) {
     make_label(job, b, team, shared.label);
-    gather_logits<T>(job, b, team, shared.label);
     simt::sync_block();
     const int warps = simt::block_threads() / LANES - 1;
     if (blocks > 1) {
+      if (is_first_row) simt::wait_cluster(here);
       const Partial of_block = merged_in_row(shared, warps, 1, 0, team.lane, job.slope);
       if (team.lane < blocks) simt::in_block(&shared, team.lane)->of_block[turn][rank] = of_block;
       simt::sync_cluster();
@@ -642,20 +667,24 @@ __device__ void label_warp(const LossJob& job, BlockShared& shared) {
     const Partial whole = merged_in_row(shared, warps, blocks, turn, team.lane, job.slope);
     if (team.is_first()) shared.label.whole = whole;
     turn = 1 - turn;
-    simt::sync_block();  // the dense gradient is written
+    is_first_row = false;
+    gather_logits<T>(job, b, team, shared.label);  // while the others write the dense gradient
+    finish_row(job, b, rank == 0, team, shared.label);
+    simt::sync_block();
     if (job.grad != nullptr) write_pairs<T>(job, b, rank, blocks, team, shared.label);
-    finish_row(job, b, team, shared.label);
+    simt::sync_warp();  // the next row's label takes this one's place
   }
 }
 
 template <typename T, int VECTORS, int THREADS, bool READS_TWICE>
 __global__ void __launch_bounds__(THREADS, THREADS == SMALL_THREADS ? 2 : 1) rows_by_block(const LossJob job) {
   FERKD_SHARED(BlockShared, shared);
-  if (simt::cluster_blocks() > 1) simt::sync_cluster();              // every block is there before another writes to it
+  // Waited for before the first write to another block, which must have begun by then. Every cluster has a row.
+  const simt::Arrival here = simt::arrive_cluster();
   if (simt::thread_index() >= simt::block_threads() - LANES) {
-    label_warp<T>(job, shared);
+    label_warp<T>(job, shared, here);
   } else {
-    logits_warps<T, VECTORS, READS_TWICE>(job, shared);
+    logits_warps<T, VECTORS, READS_TWICE>(job, shared, here);
   }
   if (simt::cluster_rank() != 0) return;
   simt::sync_block();
@@ -765,7 +794,10 @@ void launch_logits_kernel(const LossJob& job, const Plan& plan, int64_t blocks, 
     }
   }
   if (plan.reads_twice) return launch(rows_by_block<T, 4, LARGE_THREADS, true>);
-  if (plan.vectors > SMALL_VECTORS) return launch(rows_by_block<T, LARGE_VECTORS, LARGE_THREADS, false>);
+  if (plan.vectors == LARGE_VECTORS) return launch(rows_by_block<T, LARGE_VECTORS, LARGE_THREADS, false>);
+  if constexpr (T::PER_WORD == 2) {
+    if (plan.vectors == FULL_VECTORS) return launch(rows_by_block<T, FULL_VECTORS, SMALL_THREADS, false>);
+  }
   if (plan.vectors < SMALL_VECTORS) return launch(rows_by_block<T, SMALL_VECTORS / 2, SMALL_THREADS, false>);
   return launch(rows_by_block<T, SMALL_VECTORS, SMALL_THREADS, false>);
 }
@@ -804,6 +836,7 @@ Plan plan_for(Dtype dtype, int64_t classes, int architecture) {
     }
     if (const Plan plan = block(LARGE_VECTORS, MAX_CLUSTER); plan.threads <= LARGE_THREADS) return plan;
   }
+  if (const Plan plan = block(FULL_VECTORS, 1); dtype != Dtype::FLOAT32 && plan.threads <= SMALL_THREADS) return plan;
   if (const Plan plan = block(LARGE_VECTORS, 1); plan.threads <= LARGE_THREADS) return plan;
   return {false, true, 4, LARGE_THREADS, 1};
 }

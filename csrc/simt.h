@@ -37,7 +37,8 @@ __device__ inline int64_t grid_blocks() { return gridDim.x; }
 
 // ------------------------------------------------------------------------------------------------ meetings
 
-// Each call is a meeting of all threads of the warp, block or cluster, and orders their memory accesses before and after it.
+// Each call is a meeting of all threads of the warp, block or cluster, and orders their memory accesses before and after it, for these
+// threads.
 __device__ inline void sync_warp() { __syncwarp(); }
 // By the barrier's number and not by its place in the code: the warps of a block may run code of their own between meetings.
 __device__ inline void sync_block() { asm volatile("barrier.sync 0;" ::: "memory"); }
@@ -65,6 +66,19 @@ __device__ inline int cluster_rank() {
 __device__ inline void sync_cluster() {
 #if __CUDA_ARCH__ >= 900
   cooperative_groups::cluster_group::sync();
+#endif
+}
+// The two halves of a meeting of the cluster: each thread arrives and later waits.
+struct Arrival {};
+__device__ inline Arrival arrive_cluster() {
+#if __CUDA_ARCH__ >= 900
+  if (cluster_blocks() > 1) asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+  return {};
+}
+__device__ inline void wait_cluster(Arrival) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 // The same shared object in another block of the cluster.
@@ -158,10 +172,12 @@ void launch(Kernel kernel, int64_t blocks, int threads, int blocks_a_cluster, St
 template <typename Kernel>
 int compiled_for(Kernel kernel) {
   cudaFuncAttributes attributes{};
-  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) {
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
     (void)cudaGetLastError();  // not an error to report by a later call
     return 0;
   }
+  STD_CUDA_CHECK(error);
   return attributes.ptxVersion;
 }
 

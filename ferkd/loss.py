@@ -10,7 +10,6 @@ temperature, mixing, loss and gradient are computed in one pass over the logits;
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -90,8 +89,8 @@ def ferkd_loss(
     batch = logits.shape[0]
     _check_vector("target", target, batch, torch.int64, logits)
     partner, lam = (None, None) if mix is None else _checked_mix(mix, batch, logits)
-    if not (isinstance(temperature, (int, float)) and 0.0 < temperature < math.inf):
-        raise InputError(f"temperature: {temperature!r}; give a number above 0")
+    if not (isinstance(temperature, (int, float)) and 1e-30 <= temperature <= 1e30):  # beyond, 1 / T or T^2 leave float32
+        raise InputError(f"temperature: {temperature!r}; give a number above 0 (from 1e-30 to 1e30)")
     if tail not in ("smooth", "renorm"):
         raise InputError(f"tail: {tail!r} is unknown; choose 'smooth' or 'renorm'")
     if reduction not in ("mean", "sum", "none"):

@@ -162,6 +162,20 @@ inline bool any_in_warp(bool value) {
 inline int cluster_blocks() { return int(machine.now->block->cluster->blocks.size()); }
 inline int cluster_rank() { return machine.now->block->rank; }
 inline void sync_cluster() { meet(machine.now->block->cluster->meeting, cluster_blocks() * block_threads()); }
+using Arrival = unsigned;
+inline Arrival arrive_cluster() {
+  Meeting& meeting = machine.now->block->cluster->meeting;
+  const unsigned generation = meeting.generation;
+  machine.progress = true;
+  if (++meeting.arrived == cluster_blocks() * block_threads()) {
+    meeting.arrived = 0;
+    ++meeting.generation;
+  }
+  return generation;
+}
+inline void wait_cluster(Arrival generation) {
+  while (machine.now->block->cluster->meeting.generation == generation) yield();
+}
 template <typename T>
 T* in_block(T* object, int rank) {
   const Block* here = machine.now->block;
