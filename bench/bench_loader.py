@@ -92,6 +92,10 @@ class FKDStyle(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, root: Path, crops: StoredCrops) -> None:
         self.root, self.crops = root, crops
+        self.boxes = []
+        for image in crops.usable.tolist():
+            labels = crops.store.read(image)
+            self.boxes.append(labels.boxes(crops._walk(labels)))
 
     def __len__(self) -> int:
         return len(self.crops)
@@ -103,9 +107,9 @@ class FKDStyle(Dataset[tuple[Tensor, Tensor]]):
         with open(self.root / entry.path, "rb") as file:
             photo = PIL.Image.open(file).convert("RGB")
         numbers = (visit.walk + np.arange(visit.crops)) % CROPS
-        boxes, flips = draw_crops(CropSettings(), visit.image, numbers, *photo.size)
+        boxes, flips = self.boxes[visit.image]
         rows = []
-        for (left, top, width, height), flip in zip(boxes.tolist(), flips.tolist(), strict=True):
+        for (left, top, width, height), flip in zip(boxes[numbers].tolist(), flips[numbers].tolist(), strict=True):
             crop = functional.resized_crop(photo, top, left, height, width, [SIZE, SIZE], functional.InterpolationMode.BILINEAR)
             rows.append(functional.normalize(functional.to_tensor(functional.hflip(crop) if flip else crop), MEAN, STD))
         return torch.stack(rows), torch.full((visit.crops,), entry.target)
