@@ -50,6 +50,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python bench/bench_loss.py
 	$(BIN)/python bench/plot_loss.py
 	$(BIN)/python bench/bench_store.py
+	$(if $(FERKD_TEST_DATA),$(BIN)/python bench/bench_loader.py)
 
 demo: $(VENV)/.demo
 	$(BIN)/ferkd demo --out $(DEMO_OUT) $(if $(DATA),--data $(DATA)) $(if $(TEACHER),--teacher $(TEACHER))

@@ -242,10 +242,12 @@ def decode(photo: str | os.PathLike[str] | bytes, *, apply_exif: bool = True, na
         raise InputError(f"{name}: 0 bytes: the file is empty")
     width = height = 0
     try:
-        with PIL.Image.open(io.BytesIO(data)) as opened:
-            width, height = opened.size
+        with PIL.Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
             if max(width, height) <= MAX_SIDE:  # refused below, before the pixels are decoded
-                image = (PIL.ImageOps.exif_transpose(opened) if apply_exif else opened).convert("RGB")
+                if apply_exif:
+                    PIL.ImageOps.exif_transpose(image, in_place=True)  # in place: else an upright photo would be copied
+                pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # convert() copies even what is RGB
     except MemoryError:
         raise
     except PIL.UnidentifiedImageError as error:  # its text holds an address in memory
@@ -254,7 +256,7 @@ def decode(photo: str | os.PathLike[str] | bytes, *, apply_exif: bool = True, na
         raise InputError(f"{name}: cannot be decoded: {_ADDRESS.sub('', str(error)) or type(error).__name__}") from error
     if max(width, height) > MAX_SIDE:
         raise InputError(f"{name}: {width} x {height} pixels; sides up to {MAX_SIDE:,} are supported: scale the photo down")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -271,6 +273,7 @@ def _read(path: str | os.PathLike[str], name: str) -> bytes:
 def take_crop(image: Tensor, box: Any, flip: bool, size: int, interpolation: Interpolation) -> Tensor:
     """Cuts `box` (left, top, width, height) out of `image` uint8 [3, H, W], resizes it to uint8 [3, size, size], then flips it.
 
+    Fastest where the photo is laid out in memory as [H, W, 3]; so is its crop then.
     Raises InputError for a box that is not inside the image: then the photo is not the one that was labelled.
     """
     left, top, width, height = (int(side) for side in box)
@@ -303,4 +306,7 @@ def _resize(image: Tensor, width: int, height: int, interpolation: Interpolation
         raise InputError(f"image: {image.dtype} {tuple(image.shape)}; give uint8 [3, H, W]")
     if interpolation not in get_args(Interpolation):
         raise InputError(f"interpolation: {interpolation!r} is unknown; choose 'bilinear' or 'bicubic'")
-    return torch.nn.functional.interpolate(image[None], size=(height, width), mode=interpolation, antialias=True, align_corners=False)[0]
+    # The batch dimension goes before the rows of a photo laid out as [H, W, 3]: its strides then say channels_last, and the kernel writes
+    # its result as it computes it instead of taking it apart into planes, which costs half as much again. The values are the same.
+    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    return torch.nn.functional.interpolate(batch, size=(height, width), mode=interpolation, antialias=True, align_corners=False)[0]

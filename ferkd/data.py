@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from ferkd.crops import CropSettings, Interpolation, center_view, decode, draw_crops, read_photo, take_crop
 from ferkd.errors import InputError, StoreError
@@ -251,26 +252,44 @@ class FolderPhotos:
         return decode(self.split.root / self.split.paths[image])
 
 
+SHARED_MEMORY = "/dev/shm"
+_LARGER = "make /dev/shm larger (docker run --shm-size)"
+
+
+def free_shared_memory() -> int:
+    """Bytes that can still be shared between processes, without a limit where this cannot be told."""
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return sys.maxsize
+    return found.f_bavail * found.f_frsize
+
+
 class DecodedPhotos:
     """All photographs decoded once into one shared block of memory, for `--cache decoded`.
 
-    Raises InputError when they would fill more than half of the memory that is free.
+    Raises InputError when they would fill more than half of the memory that is free, or more than there is of shared memory.
     """
 
     def __init__(self, source: PhotoSource, images: Sequence[int] | np.ndarray, threads: int) -> None:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free, shared = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), free_shared_memory()
         self.slot = {int(image): slot for slot, image in enumerate(images)}
         photos: list[Tensor] = []
         size = 0
         with ThreadPoolExecutor(threads) as pool:
             for photo in pool.map(source, (int(image) for image in images)):
                 size += photo.numel()
+                photos.append(photo)
                 if size > free // 2:
                     raise InputError(
                         f"cache: {len(photos):,} of {len(images):,} decoded photographs already fill {size / 2**30:.1f} GiB, "
                         f"more than half of the {free / 2**30:.1f} GiB of free memory; train without --cache decoded"
                     )
-                photos.append(photo)
+                if size > shared:
+                    raise InputError(
+                        f"cache: {len(photos):,} of {len(images):,} decoded photographs already fill {size / 2**20:,.0f} MiB, "
+                        f"/dev/shm has {shared / 2**20:,.0f} MiB free; {_LARGER}, or train without --cache decoded"
+                    )
         self.shapes = [tuple(photo.shape[1:]) for photo in photos]
         self.ends = np.cumsum([0] + [photo.numel() for photo in photos])
         self.block = torch.empty(size, dtype=torch.uint8)
@@ -278,8 +297,8 @@ class DecodedPhotos:
             self.block.share_memory_()  # one copy for all loader workers
         except RuntimeError as error:
             raise InputError(
-                f"cache: {size / 2**20:,.0f} MiB of decoded photographs do not fit into shared memory; make /dev/shm larger "
-                "(docker run --shm-size), or train without --cache decoded"
+                f"cache: {size / 2**20:,.0f} MiB of decoded photographs do not fit into shared memory; {_LARGER}, "
+                "or train without --cache decoded"
             ) from error
         for photo, start, end in zip(photos, self.ends[:-1], self.ends[1:], strict=True):
             self.block[start:end] = photo.permute(1, 2, 0).reshape(-1)
@@ -297,6 +316,19 @@ class CropView:
 
     size: int
     interpolation: Interpolation = "bilinear"
+
+
+def pixel_rows(memory: Tensor, size: int) -> Tensor:
+    """A block of uint8 memory as [rows, 3, size, size], laid out as [rows, size, size, 3]: as photographs are decoded and crops resized."""
+    return memory.view(-1, size, size, 3).permute(0, 3, 1, 2)
+
+
+def cut_crops(photo: Tensor, boxes: np.ndarray, flips: np.ndarray, view: CropView) -> Tensor:
+    """The crops of a photograph, uint8 [m, 3, S, S], laid out as [m, S, S, 3]: torch.stack would take each apart into planes."""
+    pixels = pixel_rows(torch.empty(len(boxes) * view.size**2 * 3, dtype=torch.uint8), view.size)
+    for row, (box, flip) in enumerate(zip(boxes.tolist(), flips.tolist(), strict=True)):
+        pixels[row] = take_crop(photo, box, flip, view.size, view.interpolation)
+    return pixels
 
 
 REMEMBERED_WALKS = 16_384
@@ -320,12 +352,7 @@ class StoredCrops(Dataset[ImageCrops]):
         crops = walk[(visit.walk + np.arange(visit.crops)) % len(walk)]
         boxes, flips = labels.boxes(crops)
         photo = self.photos(image)
-        pixels = torch.stack(
-            [
-                take_crop(photo, tuple(box), bool(flip), self.view.size, self.view.interpolation)
-                for box, flip in zip(boxes.tolist(), flips, strict=True)
-            ]
-        )
+        pixels = cut_crops(photo, boxes, flips, self.view)
         words = torch.from_numpy(labels.label_words[crops].view(np.int32))
         return ImageCrops(pixels, words, labels.target)
 
@@ -354,12 +381,7 @@ class FreshCrops(Dataset[ImageCrops]):
         photo = self.photos(visit.image)
         numbers = visit.walk + np.arange(visit.crops)
         boxes, flips = draw_crops(self.settings, visit.image, numbers, photo.shape[2], photo.shape[1])
-        pixels = torch.stack(
-            [
-                take_crop(photo, tuple(box), bool(flip), self.view.size, self.view.interpolation)
-                for box, flip in zip(boxes.tolist(), flips, strict=True)
-            ]
-        )
+        pixels = cut_crops(photo, boxes, flips, self.view)
         return ImageCrops(pixels, None, int(self.targets[visit.image]))
 
 
@@ -379,14 +401,39 @@ def surviving_crops(store: LabelStore, labels: ImageLabels, policy: RegionPolicy
     return survivors
 
 
-def collate(visits: Sequence[ImageCrops]) -> CropBatch:
-    """Image-major rows of one step."""
-    words = [visit.words for visit in visits if visit.words is not None]
-    crops = [len(visit.pixels) for visit in visits]
-    return CropBatch(
-        torch.cat([visit.pixels for visit in visits]),
-        torch.cat(words) if words else None,
-        torch.repeat_interleave(torch.tensor([visit.target for visit in visits]), torch.tensor(crops)),
+def gather(dataset: Dataset[ImageCrops], visits: Sequence[Visit]) -> CropBatch:
+    """The rows of one step's visits, image-major. In a loader process they lie in memory shared with the main one from the start.
+
+    Raises InputError for a photograph that cannot be shown, and where shared memory has run out.
+    """
+    pixels, words, targets, row = torch.empty(0), [], [], 0
+    for visit in visits:
+        item = dataset[visit]
+        if row == 0:
+            size = item.pixels.shape[-1]
+            pixels = pixel_rows(_batch_memory(sum(visit.crops for visit in visits) * size**2 * 3), size)
+        # Copied at once, while a crop is still in the processor's cache; its own memory then serves the next one.
+        pixels[row : row + visit.crops] = item.pixels
+        words += [] if item.words is None else [item.words]
+        targets += [item.target] * visit.crops
+        row += visit.crops
+    return CropBatch(pixels, torch.cat(words) if words else None, torch.tensor(targets))
+
+
+def _batch_memory(size: int) -> Tensor:
+    """`size` bytes, uint8. In a loader process they are shared, or else sending them to the main process would copy them."""
+    if get_worker_info() is None:
+        return torch.empty(size, dtype=torch.uint8)
+    try:
+        return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+    except RuntimeError as error:
+        raise InputError(_full(size)) from error
+
+
+def _full(batch: int) -> str:
+    return (
+        f"workers: no room for a batch of {batch / 2**20:,.1f} MiB in shared memory ({free_shared_memory() / 2**20:,.1f} MiB free); "
+        f"{_LARGER}, or take fewer --workers"
     )
 
 
@@ -421,6 +468,20 @@ class _ErrorsAsValues(Dataset[Any]):
             return error
 
 
+class _Batches(_ErrorsAsValues):
+    """The same for whole steps: DataLoader asks __getitems__ for all visits of a step at once."""
+
+    def __getitems__(self, visits: Sequence[Visit]) -> CropBatch | InputError:
+        try:
+            return gather(self.dataset, visits)
+        except InputError as error:
+            return error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
 @dataclasses.dataclass(frozen=True)
 class _FirstError:
     """Collates a batch, or takes the first of its errors for the whole of it."""
@@ -431,7 +492,12 @@ class _FirstError:
         for item in items:
             if isinstance(item, InputError):
                 return item
-        return self.collate(items)
+        try:
+            return self.collate(items)
+        except RuntimeError as error:  # default_collate shares its tensors at once
+            if "shared memory" not in str(error):
+                raise
+            return InputError(_full(len(items) * items[0][0].numel()))
 
 
 def loaded(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -443,28 +509,57 @@ def loaded(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def training_loader(dataset: Dataset[ImageCrops], sampler: StreamSampler, workers: int, pin_memory: bool) -> DataLoader[Any]:
-    """CropBatches of the stream in order, to be read by `loaded`. Workers only change who does the work, never its result."""
+    """CropBatches of the stream in order, to be read by `loaded`. Workers only change who does the work, never its result.
+
+    Raises InputError where the workers' batches would not fit into shared memory.
+    """
+    size = dataset.view.size if isinstance(dataset, StoredCrops | FreshCrops) else 0
     return DataLoader(
-        _ErrorsAsValues(dataset),
+        _Batches(dataset),
         batch_sampler=sampler,
-        collate_fn=_FirstError(collate),
+        collate_fn=_as_it_is,
         num_workers=workers,
         pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=batches_ahead(workers, sampler.stream.batch_size // sampler.world, size),
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # else starting the loader would draw from the global one, which a resumed run must find untouched
     )
 
 
 def evaluation_loader(views: Dataset[Any], batch_size: int, workers: int) -> DataLoader[Any]:
-    """The items of `views` in order, collated, to be read by `loaded`."""
+    """The items of `views` in order, collated, to be read by `loaded`. Raises InputError as training_loader does."""
     return DataLoader(
         _ErrorsAsValues(views),
         batch_size=batch_size,
         collate_fn=_FirstError(default_collate),
         num_workers=workers,
+        prefetch_factor=batches_ahead(workers, batch_size, views.size if isinstance(views, CenterViews) else 0),
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # evaluating must not draw from the global one, whose state belongs to training
+    )
+
+
+MOST_BATCHES_AHEAD = 4
+
+
+def batches_ahead(workers: int, rows: int, size: int) -> int | None:
+    """How many batches, `rows` pictures of `size` pixels square, each loader process may be ahead, so that shared memory holds them all.
+
+    Found out beforehand, because where shared memory is full the thread that sends a batch dies of it, and training would wait for ever.
+    Raises InputError when not even one batch for each loader fits.
+    """
+    if workers == 0:
+        return None
+    batch = rows * size * size * 3
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's, on this machine: each has loaders of its own
+    free = free_shared_memory()
+    for ahead in range(MOST_BATCHES_AHEAD, 0, -1):
+        needed = processes * (workers * ahead + 2) * batch  # the one in use and the one that follows it, besides
+        if needed <= free:
+            return ahead
+    raise InputError(
+        f"workers: the batches of {processes * workers} loader processes need {needed / 2**20:,.0f} MiB of shared memory, "
+        f"and /dev/shm has {free / 2**20:,.0f} MiB free; {_LARGER}, or take fewer --workers (0 needs none)"
     )
 
 

@@ -292,6 +292,23 @@ def test_a_crop_of_its_own_size_is_a_plain_cut():
     assert torch.equal(take_crop(pixels, (5, 6, 20, 20), True, 20, "bicubic"), pixels[:, 6:26, 5:25].flip(-1))
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_crop_is_the_same_however_the_photo_lies_in_memory(interpolation, flip):
+    """What other versions resized as planes, and what stores were labelled with, stays what it was to the bit."""
+    photo = decode(encoded(photograph(320, 240)))
+    planes = photo.contiguous()
+    boxes, _ = draw_crops(CropSettings(), 0, np.arange(20), 320, 240)
+    for left, top, width, height in boxes.tolist():
+        found = take_crop(photo, (left, top, width, height), flip, 96, interpolation)
+        assert found.stride() == ((1, 288, 3) if not flip else found.stride())
+        assert torch.equal(found, take_crop(planes, (left, top, width, height), flip, 96, interpolation))
+        for layout in (photo, planes):
+            cut = layout[None, :, top : top + height, left : left + width]
+            plain = torch.nn.functional.interpolate(cut, size=(96, 96), mode=interpolation, antialias=True)[0]
+            assert torch.equal(found, plain.flip(-1) if flip else plain)
+
+
 @pytest.mark.parametrize("box", [(-1, 0, 5, 5), (0, 0, 41, 5), (0, 0, 5, 31), (38, 0, 3, 3), (0, 0, 0, 3)])
 def test_a_box_outside_the_photo_is_refused(box):
     with pytest.raises(InputError, match="is not inside the photo of 40 x 30 pixels"):
