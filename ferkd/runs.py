@@ -88,7 +88,7 @@ class RunFolder:
             raise InputError(f"{path}: holds the weights of a run, but no checkpoint to go on from; choose another --out")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for name in (CHECKPOINT, "log.jsonl", "config.json", "summary.json", *RUN_WEIGHTS):
+            for name in (CHECKPOINT, "log.jsonl", "config.json", "loggers.json", "summary.json", *RUN_WEIGHTS):
                 for left_by_a_kill in path.glob(f".{name}*.tmp"):
                     left_by_a_kill.unlink()
             if not self._checkpoints():
