@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from inspect import cleandoc
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -121,8 +121,10 @@ class TrainSettings:
     """Start from the library's pretrained weights."""
     init: Path | None = None
     """Start from these weights (.safetensors, or .pth that holds only tensors)."""
-    resume: bool = False
-    """Go on with the run in --out."""
+    resume: Literal["never", "auto", "must"] = "never"
+    """A run in --out: `never` refuses it, `auto` (or --resume alone) goes on with it if there is one, `must` refuses to begin one."""
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where figures go besides the run's own log."""
     config: TrainConfig = TrainConfig()
 
 
@@ -140,7 +142,7 @@ def train(arguments: Sequence[str]) -> None:
 
     name = _flag_value(arguments, "--recipe") or "default"
     chosen = TrainSettings(tyro.MISSING, tyro.MISSING, tyro.MISSING, recipe=name, config=recipe(name))
-    settings, output = _parse(train, TrainSettings, arguments, default=chosen)
+    settings, output = _parse(train, TrainSettings, _with_value(arguments, "--resume", "auto"), default=chosen)
     summary = run_training(
         Job(
             settings.data,
@@ -151,6 +153,7 @@ def train(arguments: Sequence[str]) -> None:
             settings.pretrained,
             settings.init,
             settings.resume,
+            settings.loggers,
         )
     )
     if output.json:
@@ -307,6 +310,14 @@ def _flag_value(arguments: Sequence[str], flag: str) -> str | None:
         if argument.startswith(flag + "="):
             return argument.removeprefix(flag + "=")
     return None
+
+
+def _with_value(arguments: Sequence[str], flag: str, value: str) -> list[str]:
+    """The same with a value after a flag that stands alone."""
+    result: list[str] = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        result += [argument, value] if argument == flag and following.startswith("--") else [argument]
+    return result
 
 
 def _summary_table(summary: dict[str, Any]) -> str:

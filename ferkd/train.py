@@ -12,7 +12,6 @@ import dataclasses
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -51,10 +50,11 @@ from ferkd.evaluation import Accuracy, evaluate
 from ferkd.folders import Split, check_same_classes, scan_split
 from ferkd.loss import LossStats, ferkd_loss, label_mass
 from ferkd.mixing import MixedRows, draw_mixing, mix_pixels
+from ferkd.progress import Progress, check_loggers, print_line
 from ferkd.recipes import TrainConfig
 from ferkd.records import Records
 from ferkd.regions import Region, RegionPolicy
-from ferkd.runs import RunFolder
+from ferkd.runs import Resume, RunFolder
 from ferkd.store import LabelStore
 from ferkd.teacher import Preprocessing, build_model, count_outputs, load_state
 
@@ -72,8 +72,9 @@ class Job:
     labels: Path | None = None
     pretrained: bool = False
     init: Path | None = None
-    resume: bool = False
-    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
+    resume: bool | Resume = False
+    loggers: tuple[str, ...] = ()
+    say: Callable[[str], None] = print_line
 
 
 def train(job: Job) -> dict[str, Any]:
@@ -83,6 +84,7 @@ def train(job: Job) -> dict[str, Any]:
     Raises InputError for what cannot be trained, Stopped after SIGTERM or Ctrl-C (everything saved).
     """
     with joined() as ranks:
+        check_loggers(job.loggers)
         if not ranks.is_main:
             job = dataclasses.replace(job, say=lambda line: None)
         try:
@@ -152,7 +154,7 @@ def _train(job: Job, ranks: Ranks) -> dict[str, Any]:
                 "photos": train_split.paths.sha256() if train_split else None}  # fmt: skip
     paths = {"data": job.data, "labels": job.labels, "init": job.init}
     notes = {"pretrained": job.pretrained, **{name: str(path) if path else None for name, path in paths.items()}}
-    run = RunFolder(job.out, config, identity, notes, job.resume, job.say, writer=ranks.is_main)
+    run = RunFolder(job.out, config, identity, notes, job.resume, job.say, world_size=ranks.world, writer=ranks.is_main)
     checkpoint = run.load_checkpoint(device)
     step, assessed, best, seconds = 0, 0, -1.0, 0.0
     if checkpoint:
@@ -163,6 +165,8 @@ def _train(job: Job, ranks: Ranks) -> dict[str, Any]:
             ema.load_state_dict(checkpoint["ema"])
         step, assessed, best, seconds = (checkpoint[name] for name in ("step", "assessed", "best", "seconds"))
         job.say(f"resuming at step {step:,} of {stream.total_steps:,}")
+    if len(set(ranks.gathered(step))) > 1:
+        raise InputError(f"{job.out}: the processes see checkpoints of different steps; give all machines the same --out, on a shared disk")
     _set_random_state(checkpoint, ranks, config.seed, step)
 
     def save_checkpoint() -> None:
@@ -190,7 +194,10 @@ def _train(job: Job, ranks: Ranks) -> dict[str, Any]:
     vote = StopVote(ranks)
     accuracy: Accuracy | None = None
     started = time.perf_counter()
-    with stop_when_asked() as stop_asked:
+    with (
+        contextlib.closing(Progress(run, stream.total_steps, config.batch_size, job.loggers, config, ranks.is_main)) as progress,
+        stop_when_asked() as stop_asked,
+    ):
         while step < stream.total_steps or assessment_is_due():
             stopping = vote(stop_asked())
             if assessment_is_due() or stopping:
@@ -205,7 +212,7 @@ def _train(job: Job, ranks: Ranks) -> dict[str, Any]:
                 accuracy = assess(evaluated)
                 is_best = accuracy.top1 > best
                 best, assessed = max(best, accuracy.top1), step
-                run.log(
+                progress.eval(
                     {
                         "kind": "eval",
                         "step": step,
@@ -213,9 +220,9 @@ def _train(job: Job, ranks: Ranks) -> dict[str, Any]:
                         "crops": step * config.batch_size,
                         "seconds": round(seconds, 3),
                         **accuracy._asdict(),
+                        "best_top1": best,
                     }
                 )
-                job.say(f"step {step:>7,}  val top-1 {accuracy.top1:7.2%}  top-5 {accuracy.top5:7.2%}  (best {best:.2%})")
                 extra = {"step": str(step), "top1": f"{accuracy.top1:.6f}"}
                 run.save_weights("last", evaluated, classes, preprocessing, extra)
                 if is_best:
@@ -264,10 +271,8 @@ def _train(job: Job, ranks: Ranks) -> dict[str, Any]:
                     "lr": rate,
                 }
                 line |= meter.read(config.batch_size)
-                run.log(line)
+                progress.train(line)
                 check_loss(line["loss"], step, config)
-                left = (stream.total_steps - step) * config.batch_size / line["crops_per_second"]
-                job.say(_progress(line, stream.total_steps, left))
 
     vote.close()
     if accuracy is None:  # resumed after the last step
@@ -548,12 +553,3 @@ def _to_device(value: Any, device: torch.device) -> Any:
         moved = (_to_device(part, device) for part in value)
         return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
     return value
-
-
-def _progress(line: Mapping[str, Any], total_steps: int, seconds_left: float) -> str:
-    regions = line["regions"]
-    return (
-        f"step {line['step']:>7,}/{total_steps:,}  epoch {line['epoch']:7.2f}  loss {line['loss']:.4f}  lr {line['lr']:.4g}  "
-        f"{line['crops_per_second']:,.0f} crops/s  waiting for data {line['data_wait']:.0%}  "
-        f"calibrated {regions['calibrated']:.1%}  {seconds_left / 60:.1f} min left"
-    )
