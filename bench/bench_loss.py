@@ -319,7 +319,7 @@ def main() -> None:
 
 
 @pytest.mark.parametrize("variant", ["copy", "kernel", "ferkd", "fkd", "eager_dense", "eager_sparse", "hard_labels"])
-@pytest.mark.parametrize("cell", CPU_CELLS[:4], ids=str)
+@pytest.mark.parametrize("cell", [*CPU_CELLS[:4], Cell(1024, 1000, FLOAT16), Cell(256, 21841, FLOAT16)], ids=str)
 def test_loss(benchmark: Any, cell: Cell, variant: str) -> None:
     device = machine.device()
     found, _ = variants(cell, device, compiled=False)

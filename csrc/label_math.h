@@ -12,7 +12,7 @@
 
 #if defined(__CUDACC__)
 #define FERKD_HD __host__ __device__ inline
-#define FERKD_ROLLED _Pragma("unroll 1")  // k is small and not known: unrolled, a loop over the pairs takes registers and gains nothing
+#define FERKD_ROLLED _Pragma("unroll 1")  // of a loop over the pairs: unrolled, it would cost the registers that hold logits
 #else
 #define FERKD_HD inline
 #define FERKD_ROLLED
@@ -221,7 +221,7 @@ FERKD_HD Fault fault_of(const LabelJob& job, int64_t b) {
 // ------------------------------------------------------------------------------------------------ region, mass, label
 
 // What a label's region and mass follow from, pair by pair in stored order. The sums in P run in the probabilities' own precision, so
-// that every backend places the same probabilities in the same region to the last bit.
+// that every backend places the same probabilities in the same region to the last bit. (Those of a `packed` label may differ in it, by exp.)
 template <typename P>
 struct Summary {
   P sum = 0, on_target = 0, largest = 0;
@@ -262,8 +262,8 @@ FERKD_HD double mass_of(const Summary<P>& label, int k, int64_t classes, const P
   return exponent != 1.0 && mass > 0 ? 1.0 : mass;
 }
 
-// The label of one crop under a policy, at temperature T, exponent = 1 / T: ids and increments go to out_ids and deltas (room for k; they may be ids and
-// probs themselves). In float64: a confident teacher's 1 - sum cancels, and so does its gradient against the student's softmax. P is the
+// The label of one crop under a policy, at temperature T, exponent = 1 / T: ids and increments go to out_ids and deltas (room for k;
+// they may be ids and probs themselves). In float64: a confident teacher's 1 - sum cancels, and so does its gradient against the student's softmax. P is the
 // probabilities' own precision, Stored what they lie in. Only the powers are taken in A, and for float64 probabilities in float64:
 // 1e-60 to the power 1/20 is 1e-3, in float32 it would be 0.
 template <typename A, typename P, typename Team, typename Id, typename Stored>

@@ -53,8 +53,8 @@ struct Plan {
 };
 Plan plan_for(Dtype dtype, int64_t classes, int architecture);
 
-// Queues the loss and its gradient on `stream`; returns the kernels launched. The last of them are the logits kernel.
-int run_loss(LossJob job, Dtype dtype, simt::Stream stream);
+// Queues the loss and its gradient on `stream`.
+void run_loss(LossJob job, Dtype dtype, simt::Stream stream);
 
 // The architecture of the code that the current device would run (80, 90, ...), 0 when the module holds none for it.
 int compiled_architecture();
