@@ -117,6 +117,15 @@ class TrainSettings:
     """The label store; without it the student learns from hard labels."""
     recipe: str = "default"
     """Named settings that the other flags change."""
+    teacher: str | None = None
+    """Instead of labels, a teacher that answers for every crop while the student trains: timm:NAME, torchvision:NAME, run:DIR or
+    python:MODULE:CALLABLE. Much slower; to compare with."""
+    teacher_weights: Path | None = None
+    """Local weights for --teacher."""
+    teacher_input_size: int | None = None
+    """Pixels, square, at which --teacher looks. Default: its own."""
+    skip_preflight: bool = False
+    """Train even if the --teacher's answers look wrong."""
     pretrained: bool = False
     """Start from the library's pretrained weights."""
     init: Path | None = None
@@ -129,33 +138,24 @@ class TrainSettings:
 
 
 def train(arguments: Sequence[str]) -> None:
-    """Train a student. Without --labels on hard labels (softened by --smoothing); with them FKD; with thresholds FerKD.
+    """Train a student. Without --labels on hard labels (softened by --smoothing); with them FKD; with thresholds FerKD. --teacher asks
+    a teacher at every step instead.
 
     SIGTERM or Ctrl-C saves and stops with exit status 75; the same command with --resume goes on.
 
-    --recipe NAME (default, small_images, fkd_resnet50, fkd_vit, ferkd_resnet50) gives the settings that the other flags then change.
+    --recipe NAME gives the settings that the other flags then change: default, small_images, fkd_resnet50, fkd_vit, ferkd_resnet50,
+    ferkd_vit.
 
     Example: ferkd train --data photos --labels labels --student resnet18 --out runs/ferkd --discard-below 0.1 --calibrate-below 0.3
     """
-    from ferkd.train import Job
+    from ferkd.task import Job
     from ferkd.train import train as run_training
 
     name = _flag_value(arguments, "--recipe") or "default"
     chosen = TrainSettings(tyro.MISSING, tyro.MISSING, tyro.MISSING, recipe=name, config=recipe(name))
     settings, output = _parse(train, TrainSettings, _with_value(arguments, "--resume", "auto"), default=chosen)
-    summary = run_training(
-        Job(
-            settings.data,
-            settings.student,
-            settings.out,
-            settings.config,
-            settings.labels,
-            settings.pretrained,
-            settings.init,
-            settings.resume,
-            settings.loggers,
-        )
-    )
+    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings) if field.name != "recipe"}
+    summary = run_training(Job(**fields))
     if output.json:
         print(json.dumps(summary))
     else:

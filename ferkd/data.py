@@ -202,19 +202,30 @@ class StreamSampler(Sampler[list[Visit]]):
 
 
 class ImageCrops(NamedTuple):
-    """What one visit brings: pixels uint8 [m, 3, S, S]; label words int32 [m, W], None without labels; the ground truth's class id."""
+    """What one visit brings: pixels uint8 [m, 3, S, S]; label words int32 [m, W], None without labels; the ground truth's class id.
+
+    `teacher_pixels`: the same crops as an online teacher is to see them, where that is not as the student does.
+    """
 
     pixels: Tensor
     words: Tensor | None
     target: int
+    teacher_pixels: Tensor | None = None
 
 
 class CropBatch(NamedTuple):
-    """One step's rows, image-major: pixels uint8 [B, 3, S, S], label words int32 [B, W] or None, target int64 [B]."""
+    """One step's rows, image-major: pixels uint8 [B, 3, S, S], label words int32 [B, W] or None, target int64 [B]; `teacher_pixels` as
+    in ImageCrops."""
 
     pixels: Tensor
     words: Tensor | None
     target: Tensor
+    teacher_pixels: Tensor | None = None
+
+    def rows(self, rows: slice) -> CropBatch:
+        """Some of the rows."""
+        words, teacher_pixels = (None if field is None else field[rows] for field in (self.words, self.teacher_pixels))
+        return CropBatch(self.pixels[rows], words, self.target[rows], teacher_pixels)
 
 
 class PhotoSource(Protocol):
@@ -369,10 +380,16 @@ class StoredCrops(Dataset[ImageCrops]):
 
 
 class FreshCrops(Dataset[ImageCrops]):
-    """Crops drawn anew at every visit, for training without labels: crop number `walk` of image i is drawn from (seed, i, walk)."""
+    """Crops drawn anew at every visit, for training without labels: crop number `walk` of image i is drawn from (seed, i, walk).
 
-    def __init__(self, photos: PhotoSource, targets: np.ndarray, settings: CropSettings, view: CropView) -> None:
+    `teacher_view`: how an online teacher sees them, where that differs from the student's view.
+    """
+
+    def __init__(
+        self, photos: PhotoSource, targets: np.ndarray, settings: CropSettings, view: CropView, teacher_view: CropView | None = None
+    ) -> None:
         self.photos, self.targets, self.settings, self.view = photos, targets, settings, view
+        self.teacher_view = None if teacher_view == view else teacher_view
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -382,7 +399,8 @@ class FreshCrops(Dataset[ImageCrops]):
         numbers = visit.walk + np.arange(visit.crops)
         boxes, flips = draw_crops(self.settings, visit.image, numbers, photo.shape[2], photo.shape[1])
         pixels = cut_crops(photo, boxes, flips, self.view)
-        return ImageCrops(pixels, None, int(self.targets[visit.image]))
+        teacher_pixels = None if self.teacher_view is None else cut_crops(photo, boxes, flips, self.teacher_view)
+        return ImageCrops(pixels, None, int(self.targets[visit.image]), teacher_pixels)
 
 
 def surviving_crops(store: LabelStore, labels: ImageLabels, policy: RegionPolicy) -> np.ndarray:
@@ -406,18 +424,28 @@ def gather(dataset: Dataset[ImageCrops], visits: Sequence[Visit]) -> CropBatch:
 
     Raises InputError for a photograph that cannot be shown, and where shared memory has run out.
     """
-    pixels, words, targets, row = torch.empty(0), [], [], 0
+    rows = sum(visit.crops for visit in visits)
+    pixels, teacher_pixels, words, targets, row = None, None, [], [], 0
     for visit in visits:
         item = dataset[visit]
-        if row == 0:
-            size = item.pixels.shape[-1]
-            pixels = pixel_rows(_batch_memory(sum(visit.crops for visit in visits) * size**2 * 3), size)
         # Copied at once, while a crop is still in the processor's cache; its own memory then serves the next one.
-        pixels[row : row + visit.crops] = item.pixels
+        pixels = _put(item.pixels, row, pixels, rows)
+        if item.teacher_pixels is not None:
+            teacher_pixels = _put(item.teacher_pixels, row, teacher_pixels, rows)
         words += [] if item.words is None else [item.words]
         targets += [item.target] * visit.crops
         row += visit.crops
-    return CropBatch(pixels, torch.cat(words) if words else None, torch.tensor(targets))
+    assert pixels is not None
+    return CropBatch(pixels, torch.cat(words) if words else None, torch.tensor(targets), teacher_pixels)
+
+
+def _put(crops: Tensor, row: int, batch: Tensor | None, rows: int) -> Tensor:
+    """The batch of `rows` crops, made with the first of them, with `crops` put in from `row` on."""
+    if batch is None:
+        size = crops.shape[-1]
+        batch = pixel_rows(_batch_memory(rows * size**2 * 3), size)
+    batch[row : row + len(crops)] = crops
+    return batch
 
 
 def _batch_memory(size: int) -> Tensor:
@@ -513,14 +541,16 @@ def training_loader(dataset: Dataset[ImageCrops], sampler: StreamSampler, worker
 
     Raises InputError where the workers' batches would not fit into shared memory.
     """
-    size = dataset.view.size if isinstance(dataset, StoredCrops | FreshCrops) else 0
+    sizes = [dataset.view.size] if isinstance(dataset, StoredCrops | FreshCrops) else []
+    if isinstance(dataset, FreshCrops) and dataset.teacher_view is not None:
+        sizes.append(dataset.teacher_view.size)
     return DataLoader(
         _Batches(dataset),
         batch_sampler=sampler,
         collate_fn=_as_it_is,
         num_workers=workers,
         pin_memory=pin_memory,
-        prefetch_factor=batches_ahead(workers, sampler.stream.batch_size // sampler.world, size),
+        prefetch_factor=batches_ahead(workers, sampler.stream.batch_size // sampler.world, *sizes),
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # else starting the loader would draw from the global one, which a resumed run must find untouched
     )
@@ -533,7 +563,7 @@ def evaluation_loader(views: Dataset[Any], batch_size: int, workers: int) -> Dat
         batch_size=batch_size,
         collate_fn=_FirstError(default_collate),
         num_workers=workers,
-        prefetch_factor=batches_ahead(workers, batch_size, views.size if isinstance(views, CenterViews) else 0),
+        prefetch_factor=batches_ahead(workers, batch_size, *([views.size] if isinstance(views, CenterViews) else [])),
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # evaluating must not draw from the global one, whose state belongs to training
     )
@@ -542,15 +572,16 @@ def evaluation_loader(views: Dataset[Any], batch_size: int, workers: int) -> Dat
 MOST_BATCHES_AHEAD = 4
 
 
-def batches_ahead(workers: int, rows: int, size: int) -> int | None:
-    """How many batches, `rows` pictures of `size` pixels square, each loader process may be ahead, so that shared memory holds them all.
+def batches_ahead(workers: int, rows: int, *sizes: int) -> int | None:
+    """How many batches, `rows` pictures of each of `sizes` pixels square, each loader process may be ahead, so that shared memory holds
+    them all.
 
     Found out beforehand, because where shared memory is full the thread that sends a batch dies of it, and training would wait for ever.
     Raises InputError when not even one batch for each loader fits.
     """
     if workers == 0:
         return None
-    batch = rows * size * size * 3
+    batch = rows * sum(size * size * 3 for size in sizes)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's, on this machine: each has loaders of its own
     free = free_shared_memory()
     for ahead in range(MOST_BATCHES_AHEAD, 0, -1):

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from ferkd.data import CenterViews, evaluation_loader, loaded
 from ferkd.distributed import Ranks
 from ferkd.folders import class_mapping, scan_split
+from ferkd.normalise import Normalise
 from ferkd.teacher import LoadedModel, Preprocessing
 
 
@@ -56,8 +57,7 @@ def evaluate(
     every process looks at its own share of the images and all return the same figures.
     """
     model.eval()
-    mean = torch.tensor(preprocessing.mean, device=device)[:, None, None]
-    std = torch.tensor(preprocessing.std, device=device)[:, None, None]
+    normalise = Normalise(preprocessing.input_size, preprocessing.mean, preprocessing.std, device)
     has_folder = torch.from_numpy(np.unique(folder_classes)).to(device)
     hits = torch.zeros(3, dtype=torch.int64, device=device)
     images = torch.zeros((), dtype=torch.int64, device=device)
@@ -69,10 +69,9 @@ def evaluate(
     elif workers is None:
         workers = min(8, max(0, (os.cpu_count() or 1) - 1))
     for pixels, targets, _ in loaded(evaluation_loader(views, batch_size, workers)):
-        normalised = ((pixels.to(device).float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
         target = targets.to(device)
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-            logits = model(normalised).float()
+            logits = model(normalise(pixels.to(device))).float()
         top = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
         among = has_folder[logits[:, has_folder].argmax(1)] == target
         hits += torch.stack([top[:, 0].sum(), top.any(1).sum(), among.sum()])

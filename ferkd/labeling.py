@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import ctypes
 import dataclasses
 import logging
 import os
@@ -32,6 +31,7 @@ from ferkd.crops import DECODER, RESAMPLER, CropSettings, draw_crops, read_photo
 from ferkd.errors import InputError, Stopped
 from ferkd.folders import Split, check_same_classes, scan_split
 from ferkd.preflight import preflight
+from ferkd.process import keep_freed_memory
 from ferkd.records import BoxCodec, LabelCodec, pack_boxes, pack_labels
 from ferkd.store import UNIT_IMAGES, LabelledImage, LabelStore, PathTable, StorePlan, StoreWriter
 from ferkd.teacher import LoadedModel, TeacherClasses, answer_logits, choose_classes, load_teacher
@@ -270,19 +270,6 @@ def _device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.machine()
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep the teacher's activations for the next batch instead of returning them to the system and faulting them in anew.
-
-    A convolutional teacher on a CPU spends most of its time on page faults otherwise. It holds for the whole process.
-    """
-    if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
-        return
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep what is free at the top
 
 
 def _evenly(count: int, wanted: int) -> NDArray[np.int64]:

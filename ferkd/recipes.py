@@ -40,6 +40,12 @@ class TrainConfig:
     """Whether half of the fresh crops are mirrored; for training without labels (stored crops know)."""
 
     policy: RegionPolicy = RegionPolicy()
+    thresholds: Literal["probability", "quantile"] = "probability"
+    """Whether the policy's thresholds are probabilities or shares of the store's crops: discard_below 0.1 then means the lowest tenth."""
+    topk: int = 5
+    """Answers kept of an online teacher (--teacher); a store brings its own."""
+    teacher_classes: Literal["teacher", "folder"] = "teacher"
+    """Of an online teacher: learn all of its classes, or only the folders'."""
     mixing: Mixing = Mixing()
     temperature: float = 1.0
     """T: students' logits are divided by it and stored labels softened to match."""
@@ -81,8 +87,12 @@ class TrainConfig:
     """Mixed precision of the student; fp16 scales its gradients."""
     channels_last: bool = True
     """Memory layout of pixels and weights; the fast one for convolutions."""
-    compile: bool = False
-    """torch.compile the forward pass and loss. Off by default: on a CPU it is slower."""
+    compile: bool | None = None
+    """torch.compile student and loss, forward and backward, without graph breaks. Default: on a GPU; on a CPU it is slower."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    """torch.compile's mode. `reduce-overhead` and `max-autotune` record CUDA graphs: for students of many small kernels."""
+    nan: Literal["stop", "skip"] = "stop"
+    """What becomes of a gradient that is not finite: training stops, or that update is skipped and counted."""
     impl: Literal["auto", "cuda", "triton", "cpu", "reference"] = "auto"
     """Backend of the loss; a named one that cannot run refuses."""
     workers: int | None = None
@@ -101,7 +111,7 @@ class TrainConfig:
         for name in ("epochs", "lr", "temperature", "eval_every"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise InputError(f"{name}: {getattr(self, name)} is not a positive number")
-        for name in ("batch_size", "crops_per_image", "accumulate", "log_every"):
+        for name in ("batch_size", "crops_per_image", "accumulate", "log_every", "topk"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} is less than 1")
         if not (math.isfinite(self.warmup) and self.warmup >= 0):
@@ -134,6 +144,11 @@ class TrainConfig:
             raise InputError(f"betas: {self.betas}; give two numbers of at least 0 and below 1")
         if not 0.0 <= self.drop_path < 1.0:
             raise InputError(f"drop_path: {self.drop_path}; give a probability of at least 0 and below 1")
+        if self.compile_mode in ("reduce-overhead", "max-autotune") and self.accumulate > 1:
+            raise InputError(
+                f"compile_mode: {self.compile_mode} records CUDA graphs, whose gradients the next part of a step would overwrite; "
+                "use accumulate 1 or another mode"
+            )
         if self.workers is not None and self.workers < 0:
             raise InputError(f"workers: {self.workers}; give a whole number of at least 0")
         if not 0 <= self.seed < 1 << 32:
@@ -188,8 +203,13 @@ def ferkd_resnet50() -> TrainConfig:
     return dataclasses.replace(fkd_resnet50(), policy=RegionPolicy(discard_below=0.05, calibrate_below=0.15, confidence="max"))
 
 
+def ferkd_vit() -> TrainConfig:
+    """FKD's ViT recipe with FerKD's rule, and the same placeholders as ferkd_resnet50."""
+    return dataclasses.replace(fkd_vit(), policy=ferkd_resnet50().policy)
+
+
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    recipe.__name__: recipe for recipe in (default, small_images, fkd_resnet50, fkd_vit, ferkd_resnet50)
+    recipe.__name__: recipe for recipe in (default, small_images, fkd_resnet50, fkd_vit, ferkd_resnet50, ferkd_vit)
 }
 
 

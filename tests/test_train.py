@@ -164,15 +164,15 @@ sys.path.insert(0, {tests!r})
 from test_train import CONFIG
 from ferkd.errors import Stopped
 from ferkd.train import Job, train
-import ferkd.train
+import ferkd.step
 slow = float(sys.argv[4])
 if slow:
     import time
-    original = ferkd.train.ForwardPass.forward
+    original = ferkd.step.ForwardPass.forward
     def forward(*args):
         time.sleep(slow)
         return original(*args)
-    ferkd.train.ForwardPass.forward = forward
+    ferkd.step.ForwardPass.forward = forward
 config = dataclasses.replace(CONFIG, epochs=12.0, eval_every=1.0, ema_decay=0.9, warmup_epochs=2.0, workers=int(sys.argv[5]))
 try:
     train(Job(Path(sys.argv[1]), "python:photos:dropping_net", Path(sys.argv[3]), config, Path(sys.argv[2]), resume=True))
@@ -321,7 +321,7 @@ def test_a_run_folder_that_goes_away_is_named(photos: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("policy", [RegionPolicy(discard_below=0.2), RegionPolicy(discard_above=0.9), RegionPolicy(calibrate_below=0.3)])
 def test_thresholds_without_labels_are_refused(photos: Path, tmp_path: Path, policy: RegionPolicy) -> None:
-    with pytest.raises(InputError, match="thresholds are for stored labels; add --labels STORE"):
+    with pytest.raises(InputError, match="thresholds are for a teacher's labels; add --labels STORE"):
         train(job(photos, tmp_path / "run", policy=policy))
 
 
