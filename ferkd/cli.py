@@ -153,7 +153,8 @@ def train(arguments: Sequence[str]) -> None:
 
     name = _flag_value(arguments, "--recipe") or "default"
     chosen = TrainSettings(tyro.MISSING, tyro.MISSING, tyro.MISSING, recipe=name, config=recipe(name))
-    settings, output = _parse(train, TrainSettings, _with_value(arguments, "--resume", "auto"), default=chosen)
+    arguments = _with_value(_with_value(arguments, "--resume", "auto"), "--compile", "default")
+    settings, output = _parse(train, TrainSettings, arguments, default=chosen)
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings) if field.name != "recipe"}
     summary = run_training(Job(**fields))
     if output.json:

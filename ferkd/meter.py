@@ -91,8 +91,13 @@ def memory(device: torch.device) -> float:
 
 
 def check_loss(line: dict[str, Any], steps: int, step: int, last_good_step: Callable[[], int | None]) -> None:
-    """Raises InputError for a loss that is no number, or when half of `steps` steps or more had to be skipped."""
+    """Raises InputError when nothing can be learnt: a loss that is no number, half of `steps` updates or more skipped, every crop
+    discarded (stored crops that are discarded are never shown)."""
     lost, skipped = not math.isfinite(line["loss"]), line.get("skipped_steps", 0)
+    if line.get("regions", {}).get("discarded") == 1.0:
+        raise InputError(
+            f"policy: discards every crop of the {steps} steps before step {step:,}; lower discard_below or raise discard_above"
+        )
     if not lost and 2 * skipped < max(2, steps):
         return
     safe = last_good_step()

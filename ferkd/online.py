@@ -52,13 +52,12 @@ def load_online_teacher(
     """Raises InputError as load_teacher does, for folders that are none of its classes, and for more answers than classes."""
     loaded = load_teacher(spec, weights, input_size)
     classes = choose_classes(config.teacher_classes, train.folders, loaded)
-    if config.topk > len(classes.names):
-        raise InputError(f"topk: {config.topk}, but the teacher has only {len(classes.names):,} classes; choose at most that many")
+    topk = min(5, len(classes.names)) if config.topk is None else config.topk
+    if topk > len(classes.names):
+        raise InputError(f"topk: {topk}, but the teacher has only {len(classes.names):,} classes; choose at most that many")
     loaded.model.to(device).to(memory_format=torch.channels_last)
     preprocessing = loaded.preprocessing
-    return OnlineTeacher(
-        loaded, classes, config.topk, Normalise(preprocessing.input_size, preprocessing.mean, preprocessing.std, device), amp
-    )
+    return OnlineTeacher(loaded, classes, topk, Normalise(preprocessing.input_size, preprocessing.mean, preprocessing.std, device), amp)
 
 
 def check_online_teacher(

@@ -42,8 +42,8 @@ class TrainConfig:
     policy: RegionPolicy = RegionPolicy()
     thresholds: Literal["probability", "quantile"] = "probability"
     """Whether the policy's thresholds are probabilities or shares of the store's crops: discard_below 0.1 then means the lowest tenth."""
-    topk: int = 5
-    """Answers kept of an online teacher (--teacher); a store brings its own."""
+    topk: int | None = None
+    """Answers kept of an online teacher (--teacher); a store brings its own. Default: 5, or all of fewer."""
     teacher_classes: Literal["teacher", "folder"] = "teacher"
     """Of an online teacher: learn all of its classes, or only the folders'."""
     mixing: Mixing = Mixing()
@@ -87,10 +87,9 @@ class TrainConfig:
     """Mixed precision of the student; fp16 scales its gradients."""
     channels_last: bool = True
     """Memory layout of pixels and weights; the fast one for convolutions."""
-    compile: bool | None = None
-    """torch.compile student and loss, forward and backward, without graph breaks. Default: on a GPU; on a CPU it is slower."""
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
-    """torch.compile's mode. `reduce-overhead` and `max-autotune` record CUDA graphs: for students of many small kernels."""
+    compile: Literal["auto", "no", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "auto"
+    """torch.compile student and loss, forward and backward, without graph breaks: `no`, or a mode of torch.compile's (--compile alone:
+    default). `auto`: on a GPU; on a CPU it is slower. reduce-overhead and max-autotune record CUDA graphs."""
     nan: Literal["stop", "skip"] = "stop"
     """What becomes of a gradient that is not finite: training stops, or that update is skipped and counted."""
     impl: Literal["auto", "cuda", "triton", "cpu", "reference"] = "auto"
@@ -111,7 +110,7 @@ class TrainConfig:
         for name in ("epochs", "lr", "temperature", "eval_every"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise InputError(f"{name}: {getattr(self, name)} is not a positive number")
-        for name in ("batch_size", "crops_per_image", "accumulate", "log_every", "topk"):
+        for name in ("batch_size", "crops_per_image", "accumulate", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} is less than 1")
         if not (math.isfinite(self.warmup) and self.warmup >= 0):
@@ -144,11 +143,13 @@ class TrainConfig:
             raise InputError(f"betas: {self.betas}; give two numbers of at least 0 and below 1")
         if not 0.0 <= self.drop_path < 1.0:
             raise InputError(f"drop_path: {self.drop_path}; give a probability of at least 0 and below 1")
-        if self.compile_mode in ("reduce-overhead", "max-autotune") and self.accumulate > 1:
+        if self.compile in ("reduce-overhead", "max-autotune") and self.accumulate > 1:
             raise InputError(
-                f"compile_mode: {self.compile_mode} records CUDA graphs, whose gradients the next part of a step would overwrite; "
-                "use accumulate 1 or another mode"
+                f"compile: {self.compile} records CUDA graphs, whose gradients the next part of a step would overwrite; "
+                "use accumulate 1, or --compile default"
             )
+        if self.topk is not None and self.topk < 1:
+            raise InputError(f"topk: {self.topk}; give a whole number of at least 1")
         if self.workers is not None and self.workers < 0:
             raise InputError(f"workers: {self.workers}; give a whole number of at least 0")
         if not 0 <= self.seed < 1 << 32:

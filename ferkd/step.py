@@ -112,12 +112,13 @@ class TrainStep:
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.average = MovingAverage(model, config.ema_decay) if config.ema_decay else None
-        self._wrapped = ranks.wrapped(model)
-        self._forward_pass = ForwardPass(self._wrapped, preprocessing, config, task, self.device)
-        self.compiles = self.device.type == "cuda" if config.compile is None else config.compile
-        self._forward: Any = self._forward_pass
-        if self.compiles:
-            self._forward = torch.compile(self._forward_pass, fullgraph=True, dynamic=False, mode=config.compile_mode)
+        self._forward_pass = ForwardPass(model, preprocessing, config, task, self.device)
+        mode = ("default" if self.device.type == "cuda" else "no") if config.compile == "auto" else config.compile
+        self.compiles = mode != "no"
+        forward: Any = self._forward_pass
+        if self.compiles:  # inside DDP, whose own forward cannot be traced without breaks; it tells the compiler its buckets of gradients
+            forward = torch.compile(forward, fullgraph=True, dynamic=False, mode=mode)
+        self._forward = ranks.wrapped(forward)
         self._seen: set[Any] = set()
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._statistics = [b for b in model.buffers() if b.is_floating_point()]
@@ -160,7 +161,7 @@ class TrainStep:
         seen: list[tuple[Tensor, LossStats]] = []
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
-            averaging = contextlib.nullcontext() if last else self.ranks.without_averaging(self._wrapped)
+            averaging = contextlib.nullcontext() if last else self.ranks.without_averaging(self._forward)
             with averaging, meter.compiles(self._is_new(part)):
                 if self.compiles:
                     torch.compiler.cudagraph_mark_step_begin()

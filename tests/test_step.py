@@ -203,7 +203,7 @@ def test_a_compiled_step_has_no_breaks_and_is_compiled_once_a_kind(photos: Path,
     policy = RegionPolicy(discard_below=0.3, calibrate_below=0.7)
     changes = {"epochs": 12.0, "single_crop_epochs": 2.0, "mixing": mixing, "policy": policy, "log_every": 1, "ema_decay": 0.9}
     train(job(photos, tmp_path / "eager", store, **changes))
-    train(job(photos, tmp_path / "run", store, compile=True, **changes))
+    train(job(photos, tmp_path / "run", store, compile="default", **changes))
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     compiled = ["compile_seconds" in line for line in lines(tmp_path / "run")]
@@ -211,6 +211,11 @@ def test_a_compiled_step_has_no_breaks_and_is_compiled_once_a_kind(photos: Path,
     eager, other = load_file(tmp_path / "eager/last.safetensors"), load_file(tmp_path / "run/last.safetensors")
     for name, value in eager.items():
         torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_cuda_graphs_do_not_go_with_parts() -> None:
+    with pytest.raises(InputError, match="compile: reduce-overhead records CUDA graphs"):
+        dataclasses.replace(CONFIG, compile="reduce-overhead", accumulate=2)
 
 
 # ------------------------------------------------------------------------------------------------------------ thresholds as quantiles
@@ -302,6 +307,8 @@ def test_what_does_not_go_with_an_online_teacher_is_refused(photos: Path, store:
         train(job(photos, tmp_path / "run", teacher_input_size=16))
     with pytest.raises(InputError, match="topk: 9, but the teacher has only 3 classes"):
         train(job(photos, tmp_path / "run", teacher=TEACHER, topk=9))
+    with pytest.raises(InputError, match="policy: discards every crop of the 4 steps before step 4; lower"):
+        train(job(photos, tmp_path / "nothing", teacher=TEACHER, policy=RegionPolicy(discard_above=0.5)))
     with pytest.raises(CheckFailed):
         train(job(photos, tmp_path / "run", teacher="python:test_step:wrong_teacher", topk=2))
     assert not (tmp_path / "run").exists()

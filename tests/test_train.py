@@ -141,7 +141,7 @@ def test_a_compiled_forward_pass_learns_the_same(photos: Path, store: LabelStore
     policy = RegionPolicy(discard_below=0.5, calibrate_below=0.7)
     mixing = Mixing("mixup_cutmix", mix_group=3)
     train(job(photos, tmp_path / "eager", store, epochs=3.0, policy=policy, mixing=mixing))
-    train(job(photos, tmp_path / "compiled", store, epochs=3.0, policy=policy, mixing=mixing, compile=True))
+    train(job(photos, tmp_path / "compiled", store, epochs=3.0, policy=policy, mixing=mixing, compile="default"))
     eager, compiled = load_file(tmp_path / "eager/last.safetensors"), load_file(tmp_path / "compiled/last.safetensors")
     assert eager.keys() == compiled.keys()
     for name, value in eager.items():
