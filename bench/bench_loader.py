@@ -52,6 +52,7 @@ from ferkd.data import (
     training_loader,
 )
 from ferkd.folders import scan_split
+from ferkd.process import keep_freed_memory
 from ferkd.records import pack_boxes, pack_labels
 from ferkd.regions import RegionPolicy
 from ferkd.store import LabelledImage, LabelStore, StorePlan, StoreWriter
@@ -402,6 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message="The given buffer is not writable")  # bytes are only read here
     packages = {name: version(name) for name in ("torch", "torchvision", "pillow", "simplejpeg", "torchcodec")}
     print(f"{processor()}, {os.cpu_count()} cores; " + ", ".join(f"{name} {found or 'absent'}" for name, found in packages.items()))
+    keep_freed_memory()  # as training and labelling do on a CPU
     others, started, cores = seconds_of_others(), time.perf_counter(), os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory() as name:
         loaders = make_loaders(options.data, Path(name) / "store")
