@@ -38,24 +38,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.machine import processor, seconds_of_others, version
 from ferkd.crops import CropSettings, decode, draw_crops, read_photo, take_crop
-from ferkd.data import (
-    CropStream,
-    CropView,
-    DecodedPhotos,
-    Phase,
-    PhotoFiles,
-    StoredCrops,
-    StreamSampler,
-    Visit,
-    loaded,
-    start_worker,
-    training_loader,
-)
+from ferkd.data import CropView, DecodedPhotos, PhotoFiles, StoredCrops, loaded, start_worker, training_loader
 from ferkd.folders import scan_split
 from ferkd.process import keep_freed_memory
 from ferkd.records import pack_boxes, pack_labels
 from ferkd.regions import RegionPolicy
 from ferkd.store import LabelledImage, LabelStore, StorePlan, StoreWriter
+from ferkd.stream import CropStream, Phase, StreamSampler, Visit
 
 CROPS, K, CLASSES, M, SIZE, BATCH = 200, 5, 1000, 4, 224, 64
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -37,13 +37,14 @@ from bench.loss_variants import POLICY, K
 from bench.profile_step import student
 from bench.timing import cpu_seconds
 from ferkd import Records, ferkd_loss
-from ferkd.data import CropBatch, CropStream, Phase, pixel_rows
+from ferkd.data import CropBatch, pixel_rows
 from ferkd.distributed import Ranks
 from ferkd.meter import Meter
 from ferkd.mixing import Mixing
 from ferkd.process import keep_freed_memory
 from ferkd.recipes import TrainConfig
 from ferkd.step import TrainStep
+from ferkd.stream import CropStream, Phase
 from ferkd.task import AMP_DTYPE, Job, Task
 from ferkd.teacher import Preprocessing
 

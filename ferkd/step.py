@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ferkd.data import CropBatch, CropStream
+from ferkd.data import CropBatch
 from ferkd.distributed import Ranks
 from ferkd.errors import InputError
 from ferkd.loss import LossStats, ferkd_loss, label_mass
@@ -25,6 +25,7 @@ from ferkd.normalise import Normalise
 from ferkd.recipes import TrainConfig
 from ferkd.records import Records
 from ferkd.regions import RegionPolicy
+from ferkd.stream import CropStream
 from ferkd.task import AMP_DTYPE, Task
 from ferkd.teacher import Preprocessing
 

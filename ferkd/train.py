@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ferkd.data import CropStream, CropView, StreamSampler, keyed_hash, loaded, plan_phases, training_loader
+from ferkd.data import CropView, loaded, training_loader
 from ferkd.distributed import Ranks, StopVote, joined
 from ferkd.errors import InputError, Stopped
 from ferkd.evaluation import Accuracy, evaluate
@@ -32,6 +32,7 @@ from ferkd.progress import Progress, check_loggers
 from ferkd.recipes import TrainConfig
 from ferkd.runs import RunFolder
 from ferkd.step import TrainStep, images_a_part
+from ferkd.stream import CropStream, StreamSampler, keyed_hash, plan_phases
 from ferkd.task import AMP_DTYPE, Job, Task, plan_task
 from ferkd.teacher import Preprocessing, build_model, count_outputs, load_state
 

@@ -17,16 +17,12 @@ import ferkd.data
 from ferkd.crops import CropSettings, decode, draw_crops, take_crop
 from ferkd.data import (
     CenterViews,
-    CropStream,
     CropView,
     DecodedPhotos,
     FolderPhotos,
     FreshCrops,
-    Phase,
     PhotoFiles,
     StoredCrops,
-    StreamSampler,
-    Visit,
     batches_ahead,
     check_same_photos,
     evaluation_loader,
@@ -39,6 +35,7 @@ from ferkd.errors import InputError, StoreError
 from ferkd.folders import scan_split
 from ferkd.regions import Region, RegionPolicy, confidence_of, region_of
 from ferkd.store import LabelStore
+from ferkd.stream import CropStream, Phase, StreamSampler, Visit
 
 VIEW = CropView(16)
 

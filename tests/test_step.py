@@ -15,7 +15,7 @@ from photos import colour_teacher, tiny_net, write_photos, write_store
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ferkd.data import CropView, PhotoFiles, StoredCrops, Visit
+from ferkd.data import CropView, PhotoFiles, StoredCrops
 from ferkd.errors import CheckFailed, InputError
 from ferkd.folders import scan_split
 from ferkd.labeling import LabelSettings, label
@@ -27,6 +27,7 @@ from ferkd.recipes import TrainConfig
 from ferkd.regions import Region, RegionPolicy
 from ferkd.step import MovingAverage, make_optimizer
 from ferkd.store import LabelStore
+from ferkd.stream import Visit
 from ferkd.task import Job
 from ferkd.train import train
 
