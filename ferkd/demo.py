@@ -21,10 +21,11 @@ import numpy as np
 from torch import Tensor, nn
 
 from ferkd.errors import InputError
+from ferkd.inspection import inspect_store
 from ferkd.labeling import LabelSettings, label
 from ferkd.recipes import TrainConfig, small_images
 from ferkd.regions import RegionPolicy
-from ferkd.report import confidence_picture, crops_picture, curves_picture, statistics_json, statistics_table, store_statistics
+from ferkd.report import confidence_picture, crops_picture, curves_picture, inspection_table
 from ferkd.train import Job, train
 
 TRAIN_IMAGES = 1000
@@ -101,8 +102,8 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
         store = label(asked)
         assert store is not None
     with _step("inspect the labels", timings):
-        counted = store_statistics(store, settings.policy)
-        print(statistics_table(counted), flush=True)
+        counted = inspect_store(store, settings.policy)
+        print(inspection_table(counted), flush=True)
         confidence_picture(counted, out / "confidence.png")
         crops_picture(store, data / "train", settings.policy, out / "crops.png")
 
@@ -132,7 +133,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
         "top1": results,
         "seconds": round(seconds, 1),
         "steps": timings,
-        "inspection": statistics_json(counted),
+        "inspection": counted.as_json(),
         "peak_gib": _peak_gib(),
     }
     (out / "table.txt").write_text(table + "\n")

@@ -29,7 +29,7 @@ from ferkd.errors import InputError
 from ferkd.folders import Split, check_same_classes, scan_split
 from ferkd.online import OnlineTeacher, check_online_teacher, load_online_teacher
 from ferkd.progress import print_line
-from ferkd.quantiles import quantile_policy
+from ferkd.quantiles import quantile_line, quantile_policy
 from ferkd.recipes import TrainConfig
 from ferkd.regions import Region, RegionPolicy
 from ferkd.runs import Resume
@@ -189,10 +189,7 @@ def _from_store(job: Job, store: LabelStore, val: Split) -> Task:
     policy = job.config.policy
     if job.config.thresholds == "quantile":
         policy = quantile_policy(store, policy)
-        job.say(
-            f"thresholds: discard_below {policy.discard_below:.6g}, calibrate_below {policy.calibrate_below:.6g}, "
-            f"discard_above {policy.discard_above:.6g} are these quantiles of {store.path}"
-        )
+        job.say(quantile_line(policy, store))
     scan = store.scan(policy)
     return Task(
         classes=tuple(store.class_names),

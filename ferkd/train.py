@@ -164,6 +164,7 @@ def _train(job: Job, ranks: Ranks) -> dict[str, Any]:
                     "step": step,
                     "epoch": round(step * epochs_a_step, 4),
                     "crops": step * config.batch_size,
+                    "seconds": round(seconds + time.perf_counter() - started, 3),
                     "lr": rate,
                 }
                 steps = meter.steps

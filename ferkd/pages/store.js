@@ -1,0 +1,163 @@
+// The page of a store: thresholds are moved, and what they do to the crops is counted from the embedded histogram.
+
+const regionNames = ["discarded", "calibrated", "kept"];
+const thresholdNames = ["discard_below", "calibrate_below", "discard_above"];
+const byId = (id) => document.getElementById(id);
+
+// before[p]: the sum of the first p counts.
+const sums = (counts) => counts.reduce((before, count) => (before.push(before.at(-1) + count), before), [0]);
+const counted = Object.fromEntries(
+  Object.entries(figures.counts).map(([kind, of]) => [kind, { edges: of.edges, crops: sums(of.crops), agree: sums(of.agree), images: sums(of.images), fine: of }]),
+);
+
+let kind = figures.policy.confidence;
+let edge = {}; // threshold name -> its place among the edges
+
+function place(value) {
+  const edges = counted[kind].edges;
+  let best = 0;
+  edges.forEach((other, index) => Math.abs(other - value) < Math.abs(edges[best] - value) && (best = index));
+  return best;
+}
+
+const value = (name) => counted[kind].edges[edge[name]];
+const policy = () => ({ confidence: kind, ...Object.fromEntries(thresholdNames.map((name) => [name, value(name)])) });
+
+// Place 2 i holds the crops equal to edge i, place 2 i + 1 those between it and the next: below edge i are the first 2 i places.
+function inRegions(before) {
+  const [below, calibrate, above] = thresholdNames.map((name) => 2 * edge[name]);
+  const all = before.at(-1), discarded = before[below] + all - before[above + 1];
+  const calibrated = Math.max(0, before[calibrate] - before[below]);
+  return [discarded, calibrated, all - discarded - calibrated];
+}
+
+function show() {
+  const { crops, agree, images } = counted[kind];
+  const share = inRegions(crops), right = inRegions(agree), all = Math.max(1, crops.at(-1));
+  const rows = byId("regions").tBodies[0].rows;
+  regionNames.forEach((name, region) => {
+    const texts = [whole(share[region]), percent(share[region] / all), percent(right[region] / share[region])];
+    texts.forEach((text, column) => (rows[region].cells[column + 1].textContent = text));
+    byId("bar").children[region].setAttribute("width", (100 * share[region]) / all);
+    byId("bar").children[region].setAttribute("x", (100 * share.slice(0, region).reduce((sum, part) => sum + part, 0)) / all);
+  });
+  const lost = images[2 * edge.discard_below], open = value("discard_above") < 1 ? "at least " : "";
+  byId("lost").textContent = `${open}${whole(lost)} of ${whole(images.at(-1))} images have no crop left`;
+  for (const name of thresholdNames) {
+    byId(name).value = value(name);
+    byId(`${name}_slider`).value = edge[name];
+    byId(`${name}_slider`).setAttribute("aria-valuetext", value(name));
+  }
+  byId("flags").value = flags();
+  histogram.repaint();
+  if (colour) colour(policy());
+}
+
+function flags() {
+  const neutral = { discard_below: 0, calibrate_below: 0, discard_above: 1 };
+  const set = thresholdNames.filter((name) => value(name) !== neutral[name]).map((name) => `--${name.replace("_", "-")} ${value(name)}`);
+  return set.length ? [...set, ...(kind === "max" ? [] : [`--confidence ${kind}`])].join(" ") : "";
+}
+
+// discard_below <= calibrate_below <= discard_above, but for calibrate_below 0, which calibrates nothing: the moved one pushes the others.
+function move(name, to) {
+  edge[name] = to;
+  const atLeast = (other, bound) => (edge[other] = Math.max(edge[other], bound));
+  const atMost = (other, bound) => (edge[other] = Math.min(edge[other], bound));
+  if (name === "discard_below") {
+    if (edge.calibrate_below) atLeast("calibrate_below", to);
+    atLeast("discard_above", to);
+  } else if (name === "calibrate_below" && to) {
+    atMost("discard_below", to);
+    atLeast("discard_above", to);
+  } else if (name === "discard_above") {
+    atMost("calibrate_below", to);
+    atMost("discard_below", to);
+  }
+  show();
+}
+
+function choose(newKind, thresholds) {
+  kind = newKind;
+  byId(`by_${kind}`).checked = true;
+  for (const name of thresholdNames) {
+    edge[name] = place(thresholds[name]);
+    byId(`${name}_slider`).max = counted[kind].edges.length - 1;
+  }
+  show();
+}
+
+// The histogram, coloured by region, and below it how often the teacher is right.
+const BARS = 100, BANDS = 20;
+
+function gathered(counts, edges, bars) {
+  const found = new Array(bars).fill(0);
+  counts.forEach((count, p) => (found[Math.min(bars - 1, Math.floor(edges[p >> 1] * bars + 1e-9))] += count));
+  return found;
+}
+
+const histogram = new Frame(byId("histogram"), "", "Histogram of the crops' confidence, and how often the teacher is right", (svg, width) => {
+  if (!Object.keys(edge).length) return { height: 330, top: 0, bottom: 0, stops: [], read: () => [] };
+  const { edges, fine } = counted[kind], height = 330;
+  const upper = { left: 46, right: width - 10, top: 12, bottom: 196 }, lower = { ...upper, top: 224, bottom: height - 24 };
+  const crops = gathered(fine.crops, edges, BARS), agree = gathered(fine.agree, edges, BARS);
+  const all = Math.max(1, crops.reduce((sum, count) => sum + count, 0)), largest = Math.max(...crops) / all || 1;
+  const bend = byId("magnify").checked ? Math.sqrt : (share) => share;
+  const x = linear(0, 1, upper.left, upper.right), y = (share) => linear(0, bend(largest), upper.bottom, upper.top)(bend(share));
+  const [below, calibrate, above] = thresholdNames.map(value), middle = (bar, bars) => (bar + 0.5) / bars;
+  const region = (at) => (at < below || at > above ? "discarded" : at < calibrate ? "calibrated" : "kept");
+  const tickCount = byId("magnify").checked ? [0.01, 0.1, 0.4, 1].map((part) => +(largest * part).toPrecision(1)).filter((share) => share <= largest) : ticks(0, largest, 4);
+  const xTicks = ticks(0, 1, width > 500 ? 10 : 5);
+  axes(svg, upper, [], x, String, tickCount, y, (share) => `${+(100 * share).toPrecision(2)}%`);
+  crops.forEach((count, bar) => count && draw(svg, "rect", { class: `fill ${region(middle(bar, BARS))}`, x: x(bar / BARS), width: Math.max(1, x(1 / BARS) - x(0) - 0.5), y: y(count / all), height: upper.bottom - y(count / all) }));
+  const z = linear(0, 1, lower.bottom, lower.top);
+  axes(svg, lower, xTicks, x, String, [0, 0.5, 1], z, (share) => percent(share, 0));
+  const bandCrops = gathered(fine.crops, edges, BANDS), bandAgree = gathered(fine.agree, edges, BANDS);
+  bandCrops.forEach((count, band) => count && draw(svg, "rect", { class: "fill agreement", x: x(band / BANDS) + 0.5, width: x(1 / BANDS) - x(0) - 1, y: z(bandAgree[band] / count), height: lower.bottom - z(bandAgree[band] / count) }));
+  if (kind === "max") draw(svg, "line", { class: "diagonal", x1: x(0), y1: z(0), x2: x(1), y2: z(1) });
+  draw(svg, "text", { class: "tick", x: upper.left + 4, y: upper.top + 2 }, "share of the crops");
+  draw(svg, "text", { class: "tick", x: lower.left + 4, y: lower.top - 6 }, kind === "max" ? "the teacher is right (line: as often as it is confident)" : "the teacher is right");
+  for (const at of new Set([below, calibrate, above])) if (at > 0 && at < 1) draw(svg, "line", { class: "threshold", x1: x(at), x2: x(at), y1: upper.top, y2: lower.bottom });
+  return {
+    height, top: upper.top, bottom: lower.bottom, stops: crops.map((_, bar) => x(middle(bar, BARS))),
+    read(bar) {
+      if (bar < 0) return [make("span", {}, "Point at a bar, or tap it, to read it.")];
+      const at = `${(bar / BARS).toFixed(2)}–${((bar + 1) / BARS).toFixed(2)}`;
+      return [entry(region(middle(bar, BARS)), `${at} ${region(middle(bar, BARS))}:`, `${whole(crops[bar])} crops (${percent(crops[bar] / all)})`), make("span", {}, ` the teacher is right in ${percent(agree[bar] / crops[bar], 0)}`)];
+    },
+  };
+});
+
+const colour = figures.photos.length ? photoGallery(byId("photos"), figures.photos) : null;
+
+for (const name of thresholdNames) {
+  byId(`${name}_slider`).addEventListener("input", (event) => move(name, +event.target.value));
+  byId(name).addEventListener("change", (event) => {
+    const typed = parseFloat(event.target.value);
+    Number.isFinite(typed) ? move(name, place(Math.min(1, Math.max(0, typed)))) : show();
+  });
+}
+for (const other of Object.keys(counted)) byId(`by_${other}`).addEventListener("change", () => choose(other, policy()));
+byId("magnify").addEventListener("change", () => histogram.repaint());
+byId("reset").addEventListener("click", () => choose(figures.policy.confidence, figures.policy));
+byId("controls").addEventListener("submit", (event) => event.preventDefault());
+byId("copy").addEventListener("click", async () => {
+  byId("flags").select();
+  const copied = await navigator.clipboard?.writeText(byId("flags").value).then(() => true, () => false);
+  byId("copied").textContent = copied || document.execCommand("copy") ? "copied" : "press Ctrl-C";
+});
+
+// The tables of candidates: a button in each row moves the thresholds there.
+for (const other of Object.keys(counted)) {
+  figures.candidates.forEach(([below, calibrate], row) => {
+    const button = make("button", { type: "button", "aria-label": `Try discard below ${below}, calibrate below ${calibrate} by ${other}` }, "try");
+    button.addEventListener("click", () => {
+      choose(other, { discard_below: below, calibrate_below: calibrate, discard_above: 1 });
+      byId("thresholds").scrollIntoView();
+    });
+    byId(`candidates_${other}`).tBodies[0].rows[row].cells[0].append(" ", button);
+  });
+}
+
+for (const hidden of document.querySelectorAll("[data-needs-script]")) hidden.hidden = false;
+choose(kind, figures.policy);
