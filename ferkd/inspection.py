@@ -69,7 +69,8 @@ class ConfidenceCounts:
     def _place(self, confidence: npt.NDArray[np.float32]) -> Ints:
         right = np.searchsorted(self._edges32, confidence, side="right")
         place = 2 * right - 1 - (self._edges32[right - 1] == confidence)
-        return np.maximum(place, 0).astype(np.int64)
+        places: Ints = np.maximum(place, 0).astype(np.int64)
+        return places
 
     def _edge(self, threshold: float) -> int:
         found = int(np.searchsorted(self._edges32, np.float32(threshold)))
@@ -206,7 +207,8 @@ def sample_images(store: LabelStore, images: int) -> list[int]:
 def sample_crops(confidence: npt.NDArray[np.float32], crops: int) -> Ints:
     """Up to `crops` of an image's crops, evenly spread from its least to its most confident one; confidence [M]."""
     order = np.argsort(confidence, kind="stable")
-    return order[np.linspace(0, len(order) - 1, min(crops, len(order))).round().astype(int)].astype(np.int64)
+    chosen: Ints = order[np.linspace(0, len(order) - 1, min(crops, len(order))).round().astype(np.int64)]
+    return chosen
 
 
 def _by_region(counts: Ints) -> dict[str, int]:

@@ -81,11 +81,8 @@ class Task:
 
     @property
     def method(self) -> str:
-        """What the settings amount to: hard labels, FKD (every label trusted) or FerKD (some discarded or calibrated)."""
-        if self.store is None and self.teacher is None:
-            return "hard labels"
-        rule = "FerKD" if self.policy.discards or self.policy.calibrate_below > 0 else "FKD"
-        return rule if self.store else f"online {rule}"
+        """What the settings amount to."""
+        return method_name(self.policy, self.store is not None, self.teacher is not None)
 
     def identity(self) -> dict[str, Any]:
         """What makes a run of this task this run and no other, besides its settings."""
@@ -124,6 +121,14 @@ class Task:
             return views
         pixels, targets, numbers = zip(*(views[i] for i in range(len(views))), strict=True)
         return TensorDataset(torch.stack(pixels), torch.tensor(targets), torch.tensor(numbers))
+
+
+def method_name(policy: RegionPolicy, has_store: bool, has_teacher: bool) -> str:
+    """hard labels, FKD (every label trusted) or FerKD (some discarded or calibrated)."""
+    if not (has_store or has_teacher):
+        return "hard labels"
+    rule = "FerKD" if policy.discards or policy.calibrate_below > 0 else "FKD"
+    return rule if has_store else f"online {rule}"
 
 
 def fresh_crops(config: TrainConfig) -> CropSettings:

@@ -35,7 +35,8 @@ def escaped(text: object) -> Markup:
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]], caption: str, *, names: int = 1, id: str = "") -> Markup:
     """A table whose first `names` columns are texts, the first of them the row's heading, and the others figures."""
-    kind = [' class="name"' if place < names else "" for place in range(len(head))]
+    text_kind = "name" if names == 1 else "name long"
+    kind = [f' class="{text_kind}"' if place < names else "" for place in range(len(head))]
     heads = "".join(f'<th scope="col"{of}>{escaped(text)}</th>' for text, of in zip(head, kind, strict=True))
     body = "".join(
         f'<tr><th scope="row"{kind[0]}>{escaped(row[0])}</th>'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -14,10 +14,21 @@ from PIL import Image
 from ferkd.data import PhotoFiles
 from ferkd.errors import InputError
 from ferkd.inspection import sample_crops, sample_images
+from ferkd.pages.page import Markup
 from ferkd.regions import Confidence, confidence_of
 from ferkd.store import LabelStore
 
 _LONG_SIDE, _QUALITY = 400, 80
+_KINDS: tuple[Confidence, ...] = get_args(Confidence)
+
+REGION_LEGEND = Markup(
+    '<p class="legend">'
+    + "".join(
+        f'<span><i class="chip {region}"></i>{region} ({stroke})</span>'
+        for region, stroke in (("discarded", "dotted"), ("calibrated", "dashed"), ("kept", "solid"))
+    )
+    + "</p>"
+)
 
 
 def sample_photos(store: LabelStore, photos: Path, order_by: Confidence, images: int = 8, crops: int = 8) -> list[dict[str, Any]]:
@@ -50,9 +61,6 @@ def sample_photos(store: LabelStore, photos: Path, order_by: Confidence, images:
     if not found:
         raise InputError(f"{store.path}: none of its images could be read when it was labelled, so there is nothing to draw")
     return found
-
-
-_KINDS: tuple[Confidence, ...] = ("max", "target")
 
 
 def _small_jpeg(pixels: np.ndarray) -> str:

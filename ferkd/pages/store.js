@@ -99,7 +99,7 @@ function gathered(counts, edges, bars) {
 const histogram = new Frame(byId("histogram"), "", "Histogram of the crops' confidence, and how often the teacher is right", (svg, width) => {
   if (!Object.keys(edge).length) return { height: 330, top: 0, bottom: 0, stops: [], read: () => [] };
   const { edges, fine } = counted[kind], height = 330;
-  const upper = { left: 46, right: width - 10, top: 12, bottom: 196 }, lower = { ...upper, top: 224, bottom: height - 24 };
+  const upper = { left: 46, right: width - 10, top: 22, bottom: 200 }, lower = { ...upper, top: 228, bottom: height - 24 };
   const crops = gathered(fine.crops, edges, BARS), agree = gathered(fine.agree, edges, BARS);
   const all = Math.max(1, crops.reduce((sum, count) => sum + count, 0)), largest = Math.max(...crops) / all || 1;
   const bend = byId("magnify").checked ? Math.sqrt : (share) => share;
@@ -115,9 +115,11 @@ const histogram = new Frame(byId("histogram"), "", "Histogram of the crops' conf
   const bandCrops = gathered(fine.crops, edges, BANDS), bandAgree = gathered(fine.agree, edges, BANDS);
   bandCrops.forEach((count, band) => count && draw(svg, "rect", { class: "fill agreement", x: x(band / BANDS) + 0.5, width: x(1 / BANDS) - x(0) - 1, y: z(bandAgree[band] / count), height: lower.bottom - z(bandAgree[band] / count) }));
   if (kind === "max") draw(svg, "line", { class: "diagonal", x1: x(0), y1: z(0), x2: x(1), y2: z(1) });
-  draw(svg, "text", { class: "tick", x: upper.left + 4, y: upper.top + 2 }, "share of the crops");
-  draw(svg, "text", { class: "tick", x: lower.left + 4, y: lower.top - 6 }, kind === "max" ? "the teacher is right (line: as often as it is confident)" : "the teacher is right");
-  for (const at of new Set([below, calibrate, above])) if (at > 0 && at < 1) draw(svg, "line", { class: "threshold", x1: x(at), x2: x(at), y1: upper.top, y2: lower.bottom });
+  draw(svg, "text", { class: "tick", x: upper.left, y: upper.top - 8 }, "share of the crops");
+  draw(svg, "text", { class: "tick", x: lower.left, y: lower.top - 8 }, kind === "max" ? "the teacher is right (line: as often as it is confident)" : "the teacher is right");
+  for (const at of new Set([below, calibrate, above])) {
+    if (at > 0 && at < 1) for (const { top, bottom } of [upper, lower]) draw(svg, "line", { class: "threshold", x1: x(at), x2: x(at), y1: top, y2: bottom });
+  }
   return {
     height, top: upper.top, bottom: lower.bottom, stops: crops.map((_, bar) => x(middle(bar, BARS))),
     read(bar) {
@@ -155,7 +157,7 @@ for (const other of Object.keys(counted)) {
       choose(other, { discard_below: below, calibrate_below: calibrate, discard_above: 1 });
       byId("thresholds").scrollIntoView();
     });
-    byId(`candidates_${other}`).tBodies[0].rows[row].cells[0].append(" ", button);
+    byId(`candidates_${other}`).tBodies[0].rows[row].cells[0].prepend(button, " ");
   });
 }
 

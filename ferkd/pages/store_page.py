@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
 from ferkd.inspection import BANDS, CANDIDATES, SCALES, Bands, Inspection
 from ferkd.pages.page import Markup, escaped, page, table
-from ferkd.pages.photos import sample_photos
+from ferkd.pages.photos import REGION_LEGEND, sample_photos
 from ferkd.regions import Region
 from ferkd.report import share
 from ferkd.store import LabelStore
@@ -48,11 +49,11 @@ discarding have a low agreement, labels worth keeping a high one.</p>
     return page(f"Labels of {store.path.resolve().name}", Markup(body), figures, ["charts.js", "photos.js", "store.js"])
 
 
-_PHOTOS = """
+_PHOTOS = f"""
 <h2>Photographs and their crops</h2>
-<p>Crops run from the teacher's least to its most confident one, framed by region: <span class="entry"><i class="chip discarded"></i>discarded
-(dotted)</span> <span class="entry"><i class="chip calibrated"></i>calibrated (dashed)</span> <span class="entry"><i class="chip kept"></i>kept
-(solid)</span>. Below each the teacher's answer: ✓ the ground truth, ✗ another class. They follow the thresholds above.</p>
+<p>Crops run from the teacher's least to its most confident one, framed by region. Below each the
+teacher's answer: ✓ the ground truth, ✗ another class. They follow the thresholds above.</p>
+{REGION_LEGEND}
 <div class="photos" id="photos"></div>
 """
 
@@ -97,7 +98,7 @@ This page was made for: discard below {policy.discard_below:.6g}, calibrate belo
 {regions}
 <p id="lost">{inspection.images_without_survivor:,} of {inspection.images:,} images have no crop left</p>
 <div class="flags" data-needs-script hidden><label for="flags">Flags for ferkd train</label>
-<input id="flags" readonly placeholder="none: every label is kept (FKD)">
+<textarea id="flags" readonly rows="2" placeholder="none: every label is kept (FKD)"></textarea>
 <button type="button" id="copy">Copy</button><span id="copied" role="status"></span></div>
 <figure id="histogram"></figure>
 <p class="no-print" data-needs-script hidden><label><input type="checkbox" id="magnify"> Magnify small bars (square root)</label></p>
@@ -108,8 +109,7 @@ def _candidates(inspection: Inspection, kind: Any) -> Markup:
     crops = max(1, inspection.crops)
     rows = [
         [
-            f"{candidate.policy.discard_below:g}" if candidate.policy.discard_below else "–",
-            f"{candidate.policy.calibrate_below:g}" if candidate.policy.calibrate_below else "–",
+            " / ".join(f"{value:g}" if value else "–" for value in (candidate.policy.discard_below, candidate.policy.calibrate_below)),
             *(
                 Markup(f"{share(count, crops)}<small>{share(agree, count, 0)}</small>")
                 for count, agree in zip(candidate.crops, candidate.agree, strict=True)
@@ -117,11 +117,11 @@ def _candidates(inspection: Inspection, kind: Any) -> Markup:
         ]
         for candidate in inspection.candidates(kind)
     ]
-    return table(["discard below", "calibrate below", *_names()], rows, f"By --confidence {kind}", id=f"candidates_{kind}")
+    return table(["discard / calibrate below", *_names()], rows, f"By --confidence {kind}", id=f"candidates_{kind}")
 
 
 def _scales(bands: Bands) -> Markup:
-    names = [f"{low:.2f}–{high:.2f}" for low, high in zip(SCALES, SCALES[1:], strict=False)]
+    names = [f"{low:.2f}–{high:.2f}" for low, high in itertools.pairwise(SCALES)]
     return _bands(bands, names, "By crop scale: the crop's area as a share of the photograph's", "crop scale")
 
 
