@@ -144,7 +144,7 @@ class Inspection:
                 chosen = confidence.numpy()
         self.images += len(targets)
         self.by_confidence.add((chosen * BANDS).astype(np.int64).clip(0, BANDS - 1), agree, chosen)
-        self.by_scale.add(np.searchsorted(SCALES[1:-1], scale.astype(np.float32), side="right"), agree, chosen)
+        self.by_scale.add(np.searchsorted(SCALES[1:-1], scale, side="right"), agree, chosen)
 
     def candidates(self, kind: Confidence) -> Iterator[Candidate]:
         """What each of CANDIDATES would discard, calibrate and keep by this kind of confidence."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,16 @@ class Browser:
         self.driver.execute_cdp_cmd(
             "Emulation.setDeviceMetricsOverride", {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": phone}
         )
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+        self.driver.execute_cdp_cmd(
+            "Emulation.setEmulatedMedia", {"media": "", "features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        )
+        self.driver.get("about:blank")
+        self.complaints()
+        self.requests()
         self.driver.get(page.resolve().as_uri())
 
     def run(self, script: str, *arguments: Any) -> Any:
-        """The value of a JavaScript function's body."""
+        """What a JavaScript function with this body returns."""
         return self.driver.execute_script(script, *arguments)
 
     def one(self, css: str) -> Any:
@@ -55,10 +61,7 @@ class Browser:
 
     def requests(self) -> list[str]:
         """Every address that was asked for since the last call, but for data: URIs."""
-        entries = [entry["message"] for entry in self.driver.get_log("performance")]
-        import json
-
-        sent = [json.loads(entry)["message"] for entry in entries]
+        sent = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         urls = [message["params"]["request"]["url"] for message in sent if message["method"] == "Network.requestWillBeSent"]
         return [url for url in urls if not url.startswith("data:")]
 
@@ -74,9 +77,17 @@ class Browser:
         path.write_bytes(base64.b64decode(done["data"]))
         return path
 
+    def emulate_paper(self) -> None:
+        """The page as paper shows it, 720 px wide; its charts are drawn for it as before printing."""
+        self.driver.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride", {"width": 720, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+        )
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+        self.run("dispatchEvent(new Event('beforeprint'))")
+
     def overflows(self) -> int:
         """By how many pixels the page is wider than its window."""
-        return int(self.run("return document.documentElement.scrollWidth - innerWidth"))
+        return int(self.run("return document.documentElement.scrollWidth - document.documentElement.clientWidth"))
 
     def close(self) -> None:
         self.driver.quit()

@@ -114,6 +114,8 @@ function entry(mark, name, value) {
   return make("span", { class: "entry" }, make("i", { class: `chip ${mark}`, "aria-hidden": "true" }), `${name} `, make("b", {}, value));
 }
 
+const MANY = 8; // lines, from which on their last values are not spelt out below every chart
+
 // Lines over a common x. lines(): [{name, mark, x: [], y: []}], null where nothing is known; abscissa(): {name, text, tick}.
 // `bounds`: y values that are always shown.
 function lineChart(host, title, { lines, abscissa, text, tick = text, bounds = [] }) {
@@ -129,7 +131,7 @@ function lineChart(host, title, { lines, abscissa, text, tick = text, bounds = [
     const [low, high] = padded(extent(all.map((point) => point[1]), bounds), bounds);
     const x = linear(lowX, highX, area.left, area.right), y = linear(low, high, area.bottom, area.top);
     const axis = abscissa(highX);
-    axes(svg, area, ticks(lowX / axis.unit, highX / axis.unit, width / 90).map((value) => value * axis.unit), x, axis.tick, ticks(low, high, 4), y, tick);
+    axes(svg, area, ticks(lowX / axis.unit, highX / axis.unit, width / 90).map((value) => value * axis.unit), x, axis.tick, ticks(low, high, 5), y, tick);
     for (const line of shown) {
       const path = line.points.map(([at, value], place) => `${place && !line.points[place].gap ? "L" : "M"}${x(at).toFixed(1)} ${y(value).toFixed(1)}`);
       draw(svg, "path", { class: `line ${line.mark}`, d: path.join("") });
@@ -139,6 +141,7 @@ function lineChart(host, title, { lines, abscissa, text, tick = text, bounds = [
     return {
       height, top: area.top, bottom: area.bottom, stops: places.map((place) => place[0]),
       read(stop) {
+        if (stop < 0 && shown.length > MANY) return [make("span", { class: "at no-print" }, "Point at the chart, or tap it, to read it.")];
         const at = stop < 0 ? null : places[stop][1];
         const values = shown.map((line) => [line, at === null ? line.points.at(-1) : nearest(line.points, at)]);
         return [

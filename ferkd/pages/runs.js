@@ -26,7 +26,7 @@ curve("curves", "Validation top-1", "evals", "top1", points, { tick: percent });
 curve("curves", "Validation top-5", "evals", "top5", points, { tick: percent });
 curve("curves", "Training loss", "train", "loss", (loss) => loss.toPrecision(4), { tick: short });
 curve("curves", "Training top-1", "train", "train_top1", points, { tick: percent });
-curve("curves", "Learning rate", "train", "lr", (rate) => rate.toPrecision(3), { tick: short, bounds: [0] });
+curve("curves", "Learning rate", "train", "lr", (rate) => (rate < 1e-3 ? rate.toExponential(1) : rate.toPrecision(3)), { tick: short, bounds: [0] });
 curve("speed", "Crops a second", "train", "crops_per_second", whole, { tick: short, bounds: [0] });
 curve("speed", "Share of the time spent waiting for data", "train", "data_wait", percent, { tick: coarse, bounds: [0] });
 curve("speed", "Memory in use, MiB", "train", "memory_mib", whole, { tick: short, bounds: [0] });

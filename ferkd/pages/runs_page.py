@@ -114,7 +114,7 @@ def duration(seconds: float | None) -> str:
 
 def _results(runs: Sequence[History], names: Sequence[str], marks: Sequence[str]) -> Markup:
     head = ["run", "status", "student", "labels", "steps", "crops", "time", "top-1 last", "top-1 best", "top-5", "crops/s",
-            "waiting for data", "memory, MiB", "store: discarded", "calibrated"]  # fmt: skip
+            "waiting for data", "memory, MiB", "store: discarded / calibrated"]  # fmt: skip
     rows = [_result(run, Markup(f'<i class="chip {mark}"></i>{escaped(name)}')) for run, name, mark in zip(runs, names, marks, strict=True)]
     used = [place for place in range(len(head)) if place < 4 or any(row[place] != _ABSENT for row in rows)]
     return table([head[p] for p in used], [[row[p] for p in used] for row in rows], "How the runs ended", names=4, id="results")
@@ -141,7 +141,7 @@ def _result(run: History, name: Markup) -> list[object]:
             ("top1", run.last_eval.get("top1")), ("best_top1", run.best_top1), ("top5", run.last_eval.get("top5")))),
         _whole(statistics.median(rates) if rates else None), _percent(statistics.mean(waits) if waits else None, 1),
         _whole(run.largest_memory),
-        *(_percent(stored.get(name, 0.0) / total if total else None, 1) for name in ("discarded", "calibrated")),
+        " / ".join(_percent(stored.get(name, 0.0) / total, 1) for name in ("discarded", "calibrated")) if total else _ABSENT,
     ]  # fmt: skip
 
 
@@ -185,7 +185,7 @@ def _regions(runs: Sequence[History], names: Sequence[str]) -> Markup:
     text = "<p>A store's discarded crops are never shown; the table above says how many they are.</p>"
     if kept:
         text += f"<p>Every crop was kept in: {escaped(', '.join(kept))}.</p>"
-    return Markup(f'{text}{REGION_LEGEND if any(map(_is_mixed, runs)) else ""}<div class="grid small" id="regions"></div>')
+    return Markup(f'{text}<div class="grid small" id="regions"></div>')
 
 
 def _settings(runs: Sequence[History], names: Sequence[str]) -> Markup:
@@ -195,15 +195,15 @@ def _settings(runs: Sequence[History], names: Sequence[str]) -> Markup:
         return Markup()
     keys = list(dict.fromkeys(itertools.chain.from_iterable(settings for settings, _ in known)))
     differing = [key for key in keys if len({settings.get(key, _ABSENT) for settings, _ in known}) > 1]
-    same = [[key, _short(known[0][0][key])] for key in keys if key not in differing]
+    same = [[key, _short(known[0][0].get(key, _ABSENT))] for key in keys if key not in differing]
     parts = ""
     if differing:
         cells = [[_short(settings.get(key, _ABSENT)) for settings, _ in known] for key in differing]
         head = [name for _, name in known]
         if len(known) > len(differing):
             head, differing, cells = differing, head, [list(column) for column in zip(*cells, strict=True)]
-        rows = [[key, *values] for key, values in zip(differing, cells, strict=True)]
-        parts = table(["", *head], rows, "Settings that differ", names=len(head) + 1, id="differences")
+        rows = [[_breakable(key), *values] for key, values in zip(differing, cells, strict=True)]
+        parts = table(["", *map(_breakable, head)], rows, "Settings that differ", names=len(head) + 1, id="differences")
     elif len(known) > 1:
         parts = "<p>The runs have the same settings.</p>"
     which = "Settings" if len(known) == 1 else "Settings that are the same in all runs"
@@ -212,7 +212,7 @@ def _settings(runs: Sequence[History], names: Sequence[str]) -> Markup:
 
 
 def _policies(store: LabelStore, runs: Sequence[History], names: Sequence[str]) -> dict[str, RegionPolicy]:
-    """The policies of the runs that learnt from the store."""
+    """The policies of the runs that learnt from the store, first those that discard or calibrate."""
     found = {
         name: run.policy
         for run, name in zip(runs, names, strict=True)
@@ -222,7 +222,12 @@ def _policies(store: LabelStore, runs: Sequence[History], names: Sequence[str]) 
         raise InputError(
             f"{store.path}: none of these runs learnt from this store; give the one that their config.json names, or leave out --labels"
         )
-    return found
+    return dict(sorted(found.items(), key=lambda entry: entry[1].calibrate_below == 0.0 and not entry[1].discards))
+
+
+def _breakable(name: str) -> Markup:
+    """A dotted name that a narrow column may break where its words end."""
+    return Markup(re.sub(r"[._/-]", r"\g<0><wbr>", escaped(name)))
 
 
 def _short(text: str) -> str:

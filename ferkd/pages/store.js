@@ -123,7 +123,7 @@ const histogram = new Frame(byId("histogram"), "", "Histogram of the crops' conf
   return {
     height, top: upper.top, bottom: lower.bottom, stops: crops.map((_, bar) => x(middle(bar, BARS))),
     read(bar) {
-      if (bar < 0) return [make("span", {}, "Point at a bar, or tap it, to read it.")];
+      if (bar < 0) return [make("span", { class: "at no-print" }, "Point at a bar, or tap it, to read it.")];
       const at = `${(bar / BARS).toFixed(2)}–${((bar + 1) / BARS).toFixed(2)}`;
       return [entry(region(middle(bar, BARS)), `${at} ${region(middle(bar, BARS))}:`, `${whole(crops[bar])} crops (${percent(crops[bar] / all)})`), make("span", {}, ` the teacher is right in ${percent(agree[bar] / crops[bar], 0)}`)];
     },
