@@ -86,7 +86,7 @@ def inspect(arguments: Sequence[str]) -> None:
 
     Example: ferkd inspect labels --discard-below 0.1 --calibrate-below 0.3 --data photos --pictures inspected --page inspected.html
     """
-    from ferkd.inspection import inspect_store
+    from ferkd.inspection import inspect_store, say_progress
     from ferkd.pages.page import check_page_path, write_page
     from ferkd.pages.store_page import store_page
     from ferkd.quantiles import quantile_line, quantile_policy
@@ -102,7 +102,7 @@ def inspect(arguments: Sequence[str]) -> None:
     if settings.thresholds == "quantile":
         policy = quantile_policy(store, policy)
         quantiles = quantile_line(policy, store)
-    inspection = inspect_store(store, policy)
+    inspection = inspect_store(store, policy, say_progress(len(store)))
     photos = settings.data / "train" if settings.data else None
     written = []
     if settings.pictures:

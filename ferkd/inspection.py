@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
@@ -196,6 +198,19 @@ def inspect_store(store: LabelStore, policy: RegionPolicy, progress: Callable[[i
         if progress:
             progress(min(first + step, len(store)))
     return inspection
+
+
+def say_progress(images: int, every: float = 10.0) -> Callable[[int], None]:
+    """Says on stderr, every so many seconds, how far the reading of `images` images is; nothing of a short one."""
+    last = time.monotonic()
+
+    def progress(done: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= every:
+            last = time.monotonic()
+            print(f"read the labels of {done:,} of {images:,} images", file=sys.stderr, flush=True)
+
+    return progress
 
 
 def sample_images(store: LabelStore, images: int) -> list[int]:

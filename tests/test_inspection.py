@@ -12,7 +12,7 @@ from photos import write_photos, write_store
 
 import ferkd.inspection
 from ferkd.cli import main
-from ferkd.inspection import CANDIDATES, SCALES, ConfidenceCounts, Inspection, inspect_store, sample_crops, sample_images
+from ferkd.inspection import CANDIDATES, SCALES, ConfidenceCounts, Inspection, inspect_store, sample_crops, sample_images, say_progress
 from ferkd.regions import Region, RegionPolicy, confidence_of, region_of
 from ferkd.report import inspection_table
 from ferkd.store import LabelStore
@@ -92,6 +92,13 @@ def test_the_result_does_not_depend_on_how_the_store_is_cut_up(store: LabelStore
     monkeypatch.setattr(ferkd.inspection, "_CHUNK_CROPS", 5 * store.crops)
     assert json.dumps(inspect_store(store, policy, seen.append).as_json()) == whole
     assert seen == [5, 10, 15, 20, 24]
+
+
+def test_a_long_reading_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    say_progress(5000)(1000)
+    assert capsys.readouterr().err == ""
+    say_progress(5000, every=0.0)(1000)
+    assert capsys.readouterr().err == "read the labels of 1,000 of 5,000 images\n"
 
 
 def test_a_threshold_that_was_not_counted_is_refused() -> None:

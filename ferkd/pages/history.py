@@ -108,10 +108,11 @@ class History:
 
     @property
     def settings(self) -> dict[str, str]:
-        """Every setting under a dotted name, as text. `policy` is left out where it repeats the config's (no quantiles)."""
-        found = dict(flattened(self.config))
-        if self.config.get("policy") == _mapping(self.config.get("config")).get("policy"):
-            found = {name: value for name, value in found.items() if not name.startswith("policy.")}
+        """Every setting under a dotted name, as text. The policy's thresholds as probabilities stand apart where quantiles were asked for."""
+        policy = self.config.get("policy")
+        found = dict(flattened({name: value for name, value in self.config.items() if name != "policy"}))
+        if policy != _mapping(self.config.get("config")).get("policy"):
+            found |= flattened(policy, "thresholds as probabilities")
         return {name.removeprefix("config."): value for name, value in found.items()}
 
     @property
@@ -128,7 +129,8 @@ def read_run(path: Path) -> History:
     """Reads a run's folder line by line. Raises InputError when there is no such folder, or nothing of a run in it."""
     names = ("config.json", "log.jsonl", "summary.json")
     if not path.is_dir():
-        raise InputError(f"{path}: no such folder; give the --out folders of ferkd train")
+        what = "is a file" if path.exists() else "no such folder"
+        raise InputError(f"{path}: {what}; give the --out folders of ferkd train")
     if not any((path / name).exists() for name in names):
         raise InputError(f"{path}: holds none of {', '.join(names)}, so it is no run; give the --out folders of ferkd train")
     notes: list[str] = []

@@ -21,11 +21,11 @@ function curve(host, title, source, column, text, more = {}) {
   lineChart(byId(host).appendChild(make("figure")), title, { lines, abscissa, text, ...more });
 }
 
-const points = (share) => percent(share, 2), coarse = (share) => percent(share, 0);
-curve("curves", "Validation top-1", "evals", "top1", points, { tick: percent });
-curve("curves", "Validation top-5", "evals", "top5", points, { tick: percent });
+const points = (share) => percent(share, 2), coarse = (share) => `${+(100 * share).toPrecision(3)}%`;
+curve("curves", "Validation top-1", "evals", "top1", points, { tick: coarse });
+curve("curves", "Validation top-5", "evals", "top5", points, { tick: coarse });
 curve("curves", "Training loss", "train", "loss", (loss) => loss.toPrecision(4), { tick: short });
-curve("curves", "Training top-1", "train", "train_top1", points, { tick: percent });
+curve("curves", "Training top-1", "train", "train_top1", points, { tick: coarse });
 curve("curves", "Learning rate", "train", "lr", (rate) => (rate < 1e-3 ? rate.toExponential(1) : rate.toPrecision(3)), { tick: short, bounds: [0] });
 curve("speed", "Crops a second", "train", "crops_per_second", whole, { tick: short, bounds: [0] });
 curve("speed", "Share of the time spent waiting for data", "train", "data_wait", percent, { tick: coarse, bounds: [0] });

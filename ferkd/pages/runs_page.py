@@ -19,6 +19,7 @@ from ferkd.runs import RunFolder
 from ferkd.store import LabelStore
 
 _COLOURS, _DASHES = 8, 4  # of page.css
+_MANY_CHARTS = 12
 _ABSENT = "–"
 
 
@@ -97,7 +98,7 @@ def alike(runs: Sequence[History]) -> list[int]:
     found = []
     for place, run in enumerate(runs):
         settings = {name: value for name, value in run.settings.items() if name not in aside and not name.startswith("machine.")}
-        key = json.dumps([run.method, settings], sort_keys=True) if settings else f"unknown {place}"
+        key = json.dumps(settings, sort_keys=True) if settings else f"unknown {place}"
         found.append(groups.setdefault(key, len(groups)))
     return found
 
@@ -185,7 +186,9 @@ def _regions(runs: Sequence[History], names: Sequence[str]) -> Markup:
     text = "<p>A store's discarded crops are never shown; the table above says how many they are.</p>"
     if kept:
         text += f"<p>Every crop was kept in: {escaped(', '.join(kept))}.</p>"
-    return Markup(f'{text}<div class="grid small" id="regions"></div>')
+    mixed = sum(map(_is_mixed, runs))
+    charts = '<div class="grid small" id="regions"></div>'
+    return Markup(text + (f"<details><summary>Charts of {mixed} runs</summary>{charts}</details>" if mixed > _MANY_CHARTS else charts))
 
 
 def _settings(runs: Sequence[History], names: Sequence[str]) -> Markup:
