@@ -204,6 +204,8 @@ def test_curves_are_read_switched_and_hidden(browser: Browser, runs_page: Path) 
     for axis, says in (("crops", "crops 240:"), ("seconds", "time 5 s:"), ("step", "step 20:")):
         browser.run("arguments[0].click()", browser.one(f"input[value={axis}]"))  # the pointer stays
         assert reading.text.startswith(says)
+    charts[2].send_keys(Keys.END)
+    assert [value.split()[-1] for value in last_values(browser, 2)] == ["0.2727", "ended", "ended"]
     browser.one("#legend input").click()
     assert len(last_values(browser, 0)) == 2
     assert browser.all("#curves figure")[2].find_elements("css selector", "path.line").__len__() == 2

@@ -131,11 +131,13 @@ function lineChart(host, title, { lines, abscissa, text, tick = text, bounds = [
     const [low, high] = padded(extent(all.map((point) => point[1]), bounds), bounds);
     const x = linear(lowX, highX, area.left, area.right), y = linear(low, high, area.bottom, area.top);
     const axis = abscissa(highX);
-    axes(svg, area, ticks(lowX / axis.unit, highX / axis.unit, width / 90).map((value) => value * axis.unit), x, axis.tick, ticks(low, high, 5), y, tick);
+    const xTicks = ticks(lowX / axis.unit, highX / axis.unit, width / 90).map((value) => value * axis.unit);
+    axes(svg, area, xTicks, x, axis.tick, ticks(low, high, 5), y, tick);
     for (const line of shown) {
-      const path = line.points.map(([at, value], place) => `${place && !line.points[place].gap ? "L" : "M"}${x(at).toFixed(1)} ${y(value).toFixed(1)}`);
+      const dots = line.points.map(([at, value]) => [x(at).toFixed(1), y(value).toFixed(1)]);
+      const path = dots.map(([px, py], place) => `${place && !line.points[place].gap ? "L" : "M"}${px} ${py}`);
       draw(svg, "path", { class: `line ${line.mark}`, d: path.join("") });
-      if (line.points.length < 40) for (const [at, value] of line.points) draw(svg, "circle", { class: `dot ${line.mark}`, cx: x(at), cy: y(value), r: 2.5 });
+      if (dots.length < 40) for (const [px, py] of dots) draw(svg, "circle", { class: `dot ${line.mark}`, cx: px, cy: py, r: 2.5 });
     }
     const places = [...new Map(all.map((point) => [Math.round(x(point[0])), point[0]]))].sort((one, other) => one[0] - other[0]);
     return {
@@ -144,9 +146,10 @@ function lineChart(host, title, { lines, abscissa, text, tick = text, bounds = [
         if (stop < 0 && shown.length > MANY) return [make("span", { class: "at no-print" }, "Point at the chart, or tap it, to read it.")];
         const at = stop < 0 ? null : places[stop][1];
         const values = shown.map((line) => [line, at === null ? line.points.at(-1) : nearest(line.points, at)]);
+        const known = ([line, point]) => (at === null || !isPast(line.points, at) ? text(point[1]) : "ended");
         return [
           make("span", { class: "at" }, at === null ? "last: " : `${axis.name} ${axis.text(at)}: `),
-          ...values.map(([line, point]) => entry(line.mark, line.name, text(point[1]))),
+          ...values.map((pair) => entry(pair[0].mark, pair[0].name, known(pair))),
         ];
       },
     };
@@ -172,6 +175,9 @@ function padded([low, high], bounds) {
   const air = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
   return [bounds.includes(low) ? low : low - air, bounds.includes(high) ? high : high + air];
 }
+
+// Whether `at` lies beyond a line's end by more than its last two points lie apart.
+const isPast = (points, at) => at > 2 * points.at(-1)[0] - (points.at(-2)?.[0] ?? points.at(-1)[0]);
 
 function nearest(points, at) {
   return points.reduce((best, point) => (Math.abs(point[0] - at) < Math.abs(best[0] - at) ? point : best));

@@ -108,7 +108,7 @@ class History:
 
     @property
     def settings(self) -> dict[str, str]:
-        """Every setting under a dotted name, as text. The policy's thresholds as probabilities stand apart where quantiles were asked for."""
+        """Every setting under a dotted name, as text. Thresholds as probabilities stand apart where quantiles were asked for."""
         policy = self.config.get("policy")
         found = dict(flattened({name: value for name, value in self.config.items() if name != "policy"}))
         if policy != _mapping(self.config.get("config")).get("policy"):

@@ -15,7 +15,8 @@ function photoGallery(host, photos) {
     const card = host.appendChild(make("figure", { class: "photo" }));
     card.append(make("figcaption", {}, make("b", {}, photo.truth), make("small", {}, ` ${photo.path}`)));
     const { width, height } = photo;
-    const svg = draw(card, "svg", { class: "picture", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${photo.truth} with its crops` });
+    const label = `${photo.truth} with its crops`;
+    const svg = draw(card, "svg", { class: "picture", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label });
     draw(svg, "image", { href: photo.jpeg, width, height, preserveAspectRatio: "none" });
     const list = card.appendChild(make("div", { class: "crops" }));
     for (const crop of photo.crops) {
@@ -29,13 +30,17 @@ function photoGallery(host, photos) {
       button.append(make("span", { class: crop.agrees ? "right" : "wrong" }, `${crop.answer} ${percent(crop.probability, 0)}`), words);
       parts.push({ crop, box, button, words });
       const mark = (on) => () => [box, button].forEach((part) => part.classList.toggle("marked", on));
-      for (const [kind, on] of [["pointerenter", true], ["focus", true], ["pointerleave", false], ["blur", false]]) button.addEventListener(kind, mark(on));
+      for (const kind of ["pointerenter", "focus"]) button.addEventListener(kind, mark(true));
+      for (const kind of ["pointerleave", "blur"]) button.addEventListener(kind, mark(false));
     }
   }
   return (policy) => {
     for (const { crop, box, button, words } of parts) {
       const region = regionOf(crop, policy);
-      for (const other of ["discarded", "calibrated", "kept"]) [box, button].forEach((part) => part.classList.toggle(other, other === region));
+      for (const part of [box, button]) {
+        part.classList.remove("discarded", "calibrated", "kept");
+        part.classList.add(region);
+      }
       words.textContent = policy.confidence === "max" ? region : `${region} (truth ${percent(crop.target, 0)})`;
     }
   };

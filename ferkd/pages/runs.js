@@ -26,9 +26,10 @@ curve("curves", "Validation top-1", "evals", "top1", points, { tick: coarse });
 curve("curves", "Validation top-5", "evals", "top5", points, { tick: coarse });
 curve("curves", "Training loss", "train", "loss", (loss) => loss.toPrecision(4), { tick: short });
 curve("curves", "Training top-1", "train", "train_top1", points, { tick: coarse });
-curve("curves", "Learning rate", "train", "lr", (rate) => (rate < 1e-3 ? rate.toExponential(1) : rate.toPrecision(3)), { tick: short, bounds: [0] });
+const rateText = (rate) => (rate < 1e-3 ? rate.toExponential(1) : rate.toPrecision(3));
+curve("curves", "Learning rate", "train", "lr", rateText, { tick: short, bounds: [0] });
 curve("speed", "Crops a second", "train", "crops_per_second", whole, { tick: short, bounds: [0] });
-curve("speed", "Share of the time spent waiting for data", "train", "data_wait", percent, { tick: coarse, bounds: [0] });
+curve("speed", "Share of the time spent waiting for data", "train", "data_wait", points, { tick: coarse, bounds: [0] });
 curve("speed", "Memory in use, MiB", "train", "memory_mib", whole, { tick: short, bounds: [0] });
 
 // Shares of the regions in what a run was shown: a point of the log stands for the steps since the one before.
@@ -39,8 +40,8 @@ function regionChart(run) {
   new Frame(host, title, `Shares of the regions in ${run.name}`, (svg, width) => {
     const height = 150, area = { left: 46, right: width - 10, top: 8, bottom: height - 24 };
     const xs = run.train[axis].map((x, place) => [x, place]).filter(([x, place]) => x !== null && run.train.kept[place] !== null);
-    const axisText = abscissa(xs.length ? xs.at(-1)[0] : 1);
-    const x = linear(0, xs.length ? xs.at(-1)[0] : 1, area.left, area.right), y = linear(0, 1, area.bottom, area.top);
+    const most = xs.length ? xs.at(-1)[0] : 1, axisText = abscissa(most);
+    const x = linear(0, most, area.left, area.right), y = linear(0, 1, area.bottom, area.top);
     const base = new Map();
     for (const name of names) {
       let outline = "", back = "";
@@ -52,7 +53,8 @@ function regionChart(run) {
       });
       if (outline) draw(svg, "path", { class: `fill ${name}`, d: `${outline}${back}Z` });
     }
-    axes(svg, area, ticks(0, (xs.at(-1)?.[0] ?? 1) / axisText.unit, width / 90).map((value) => value * axisText.unit), x, axisText.tick, [0, 0.5, 1], y, coarse);
+    const xTicks = ticks(0, most / axisText.unit, width / 90).map((value) => value * axisText.unit);
+    axes(svg, area, xTicks, x, axisText.tick, [0, 0.5, 1], y, coarse);
     return {
       height, top: area.top, bottom: area.bottom, stops: xs.map(([at]) => x(at)),
       read(stop) {

@@ -7,7 +7,9 @@ const byId = (id) => document.getElementById(id);
 // before[p]: the sum of the first p counts.
 const sums = (counts) => counts.reduce((before, count) => (before.push(before.at(-1) + count), before), [0]);
 const counted = Object.fromEntries(
-  Object.entries(figures.counts).map(([kind, of]) => [kind, { edges: of.edges, crops: sums(of.crops), agree: sums(of.agree), images: sums(of.images), fine: of }]),
+  Object.entries(figures.counts).map(([kind, of]) => {
+    return [kind, { edges: of.edges, fine: of, crops: sums(of.crops), agree: sums(of.agree), images: sums(of.images) }];
+  }),
 );
 
 let kind = figures.policy.confidence;
@@ -96,39 +98,56 @@ function gathered(counts, edges, bars) {
   return found;
 }
 
-const histogram = new Frame(byId("histogram"), "", "Histogram of the crops' confidence, and how often the teacher is right", (svg, width) => {
-  if (!Object.keys(edge).length) return { height: 330, top: 0, bottom: 0, stops: [], read: () => [] };
-  const { edges, fine } = counted[kind], height = 330;
-  const upper = { left: 46, right: width - 10, top: 22, bottom: 200 }, lower = { ...upper, top: 228, bottom: height - 24 };
+function paintHistogram(svg, width) {
+  const height = 330, left = 46, right = width - 10;
+  if (!Object.keys(edge).length) return { height, top: 0, bottom: 0, stops: [], read: () => [] };
+  const upper = { left, right, top: 22, bottom: 200 }, lower = { left, right, top: 228, bottom: height - 24 };
+  const { edges, fine } = counted[kind], [below, calibrate, above] = thresholdNames.map(value);
+  const middle = (bar) => (bar + 0.5) / BARS;
+  const regionAt = (at) => (at < below || at > above ? "discarded" : at < calibrate ? "calibrated" : "kept");
   const crops = gathered(fine.crops, edges, BARS), agree = gathered(fine.agree, edges, BARS);
   const all = Math.max(1, crops.reduce((sum, count) => sum + count, 0)), largest = Math.max(...crops) / all || 1;
-  const bend = byId("magnify").checked ? Math.sqrt : (share) => share;
-  const x = linear(0, 1, upper.left, upper.right), y = (share) => linear(0, bend(largest), upper.bottom, upper.top)(bend(share));
-  const [below, calibrate, above] = thresholdNames.map(value), middle = (bar, bars) => (bar + 0.5) / bars;
-  const region = (at) => (at < below || at > above ? "discarded" : at < calibrate ? "calibrated" : "kept");
-  const tickCount = byId("magnify").checked ? [0.01, 0.1, 0.4, 1].map((part) => +(largest * part).toPrecision(1)).filter((share) => share <= largest) : ticks(0, largest, 4);
-  const xTicks = ticks(0, 1, width > 500 ? 10 : 5);
-  axes(svg, upper, [], x, String, tickCount, y, (share) => `${+(100 * share).toPrecision(2)}%`);
-  crops.forEach((count, bar) => count && draw(svg, "rect", { class: `fill ${region(middle(bar, BARS))}`, x: x(bar / BARS), width: Math.max(1, x(1 / BARS) - x(0) - 0.5), y: y(count / all), height: upper.bottom - y(count / all) }));
+  const x = linear(0, 1, left, right);
+  const rectangle = (colour, from, to, top, bottom) => {
+    draw(svg, "rect", { class: `fill ${colour}`, x: from, width: to - from, y: top, height: bottom - top });
+  };
+
+  const magnified = byId("magnify").checked, bend = magnified ? Math.sqrt : (share) => share;
+  const y = (share) => linear(0, bend(largest), upper.bottom, upper.top)(bend(share));
+  const roots = [0.01, 0.1, 0.4, 1].map((part) => +(largest * part).toPrecision(1)).filter((share) => share <= largest);
+  axes(svg, upper, [], x, String, magnified ? roots : ticks(0, largest, 4), y, (share) => `${+(100 * share).toPrecision(2)}%`);
+  draw(svg, "text", { class: "tick", x: left, y: upper.top - 8 }, "share of the crops");
+  crops.forEach((count, bar) => {
+    const from = x(bar / BARS), to = Math.max(from + 1, x((bar + 1) / BARS) - 0.5);
+    if (count) rectangle(regionAt(middle(bar)), from, to, y(count / all), upper.bottom);
+  });
+
   const z = linear(0, 1, lower.bottom, lower.top);
-  axes(svg, lower, xTicks, x, String, [0, 0.5, 1], z, (share) => percent(share, 0));
-  const bandCrops = gathered(fine.crops, edges, BANDS), bandAgree = gathered(fine.agree, edges, BANDS);
-  bandCrops.forEach((count, band) => count && draw(svg, "rect", { class: "fill agreement", x: x(band / BANDS) + 0.5, width: x(1 / BANDS) - x(0) - 1, y: z(bandAgree[band] / count), height: lower.bottom - z(bandAgree[band] / count) }));
+  axes(svg, lower, ticks(0, 1, width > 500 ? 10 : 5), x, String, [0, 0.5, 1], z, (share) => percent(share, 0));
+  const says = kind === "max" ? "the teacher is right (line: as often as it is confident)" : "the teacher is right";
+  draw(svg, "text", { class: "tick", x: left, y: lower.top - 8 }, says);
+  const bandAgree = gathered(fine.agree, edges, BANDS);
+  gathered(fine.crops, edges, BANDS).forEach((count, band) => {
+    if (count) rectangle("agreement", x(band / BANDS) + 0.5, x((band + 1) / BANDS) - 0.5, z(bandAgree[band] / count), lower.bottom);
+  });
   if (kind === "max") draw(svg, "line", { class: "diagonal", x1: x(0), y1: z(0), x2: x(1), y2: z(1) });
-  draw(svg, "text", { class: "tick", x: upper.left, y: upper.top - 8 }, "share of the crops");
-  draw(svg, "text", { class: "tick", x: lower.left, y: lower.top - 8 }, kind === "max" ? "the teacher is right (line: as often as it is confident)" : "the teacher is right");
+
   for (const at of new Set([below, calibrate, above])) {
-    if (at > 0 && at < 1) for (const { top, bottom } of [upper, lower]) draw(svg, "line", { class: "threshold", x1: x(at), x2: x(at), y1: top, y2: bottom });
+    if (at <= 0 || at >= 1) continue;
+    for (const { top, bottom } of [upper, lower]) draw(svg, "line", { class: "threshold", x1: x(at), x2: x(at), y1: top, y2: bottom });
   }
   return {
-    height, top: upper.top, bottom: lower.bottom, stops: crops.map((_, bar) => x(middle(bar, BARS))),
+    height, top: upper.top, bottom: lower.bottom, stops: crops.map((_, bar) => x(middle(bar))),
     read(bar) {
       if (bar < 0) return [make("span", { class: "at no-print" }, "Point at a bar, or tap it, to read it.")];
-      const at = `${(bar / BARS).toFixed(2)}–${((bar + 1) / BARS).toFixed(2)}`;
-      return [entry(region(middle(bar, BARS)), `${at} ${region(middle(bar, BARS))}:`, `${whole(crops[bar])} crops (${percent(crops[bar] / all)})`), make("span", {}, ` the teacher is right in ${percent(agree[bar] / crops[bar], 0)}`)];
+      const region = regionAt(middle(bar)), at = `${(bar / BARS).toFixed(2)}–${((bar + 1) / BARS).toFixed(2)}`;
+      const right = make("span", {}, ` the teacher is right in ${percent(agree[bar] / crops[bar], 0)}`);
+      return [entry(region, `${at} ${region}:`, `${whole(crops[bar])} crops (${percent(crops[bar] / all)})`), right];
     },
   };
-});
+}
+const histogramSays = "Histogram of the crops' confidence, and how often the teacher is right";
+const histogram = new Frame(byId("histogram"), "", histogramSays, paintHistogram);
 
 const colour = figures.photos.length ? photoGallery(byId("photos"), figures.photos) : null;
 
@@ -152,7 +171,8 @@ byId("copy").addEventListener("click", async () => {
 // The tables of candidates: a button in each row moves the thresholds there.
 for (const other of Object.keys(counted)) {
   figures.candidates.forEach(([below, calibrate], row) => {
-    const button = make("button", { type: "button", "aria-label": `Try discard below ${below}, calibrate below ${calibrate} by ${other}` }, "try");
+    const label = `Try discard below ${below}, calibrate below ${calibrate} by ${other}`;
+    const button = make("button", { type: "button", "aria-label": label }, "try");
     button.addEventListener("click", () => {
       choose(other, { discard_below: below, calibrate_below: calibrate, discard_above: 1 });
       byId("thresholds").scrollIntoView();
