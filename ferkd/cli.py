@@ -212,7 +212,8 @@ def evaluate(arguments: Sequence[str]) -> None:
     if output.json:
         print(json.dumps(accuracy._asdict()))
     else:
-        print(f"{accuracy.images:,} images   top-1 {accuracy.top1:.2%}   top-5 {accuracy.top5:.2%}")
+        left_out = f"   {accuracy.unreadable:,} could not be read" if accuracy.unreadable else ""
+        print(f"{accuracy.images:,} images{left_out}   top-1 {accuracy.top1:.2%}   top-5 {accuracy.top5:.2%}")
         print(f"top-1 among the folders' own classes {accuracy.top1_folders:.2%}")
 
 

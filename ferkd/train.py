@@ -114,6 +114,7 @@ def _train(job: Job, ranks: Ranks) -> dict[str, Any]:
     meter = Meter(ranks)
     vote = StopVote(ranks)
     accuracy: Accuracy | None = None
+    unreadable: set[str] = set()
     started = time.perf_counter()
     with (
         contextlib.closing(Progress(run, stream.total_steps, config.batch_size, job.loggers, config, ranks.is_main)) as progress,
@@ -154,6 +155,9 @@ def _train(job: Job, ranks: Ranks) -> dict[str, Any]:
 
             with meter.waiting():
                 batch = next(batches)
+            for problem in set(batch.unreadable) - unreadable:
+                job.say(f"warning: {problem}; another photograph takes its place")
+            unreadable.update(batch.unreadable)
             rate = config.learning_rate(_epoch(stream, step, epochs_a_step, config))
             learn(batch, stream, step, rate, meter)
             step += 1
@@ -178,7 +182,7 @@ def _train(job: Job, ranks: Ranks) -> dict[str, Any]:
         "student": job.student, "method": task.method, "steps": step, "crops": step * config.batch_size, "seconds": round(seconds, 2),
         "top1": accuracy.top1, "top5": accuracy.top5, "top1_folders": accuracy.top1_folders, "best_top1": best,
         "val_images": accuracy.images, "usable_images": len(task.usable), "stored_regions": task.regions,
-        "policy": dataclasses.asdict(task.policy), "run": str(job.out),
+        "policy": dataclasses.asdict(task.policy), "unreadable": sorted(set().union(*ranks.gathered(unreadable))), "run": str(job.out),
     }  # fmt: skip
     run.write_json("summary.json", summary)
     return summary
