@@ -122,7 +122,7 @@ _STORAGES = {
 }
 _RECONSTRUCT = ("numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct")
 _NAMES = {"numpy ndarray", "numpy dtype", "_codecs encode", "torch._utils _rebuild_tensor_v2", "collections OrderedDict"}
-_NAMES |= {*_RECONSTRUCT, *_STORAGES}
+_NAMES |= {*_RECONSTRUCT, *_STORAGES, "__builtin__ bytes"}  # bytes() is how protocol 2 says b""
 
 _MEMOIZE, _BINPUT, _LONG_BINPUT, _BINGET, _LONG_BINGET = (
     code[0] for code in (pickle.MEMOIZE, pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET)
@@ -286,6 +286,8 @@ class _Interpreter:
             if not (isinstance(code, str) and code in _DTYPES):
                 raise DamagedFile(f"holds an array of {code[:40] if isinstance(code, str) else 'unknown elements'!r}; numbers are expected")
             return _Dtype(code)
+        if function == "__builtin__ bytes" and not arguments:
+            return b""
         if function == "collections OrderedDict":
             return _NOTHING
         if function == "torch._utils _rebuild_tensor_v2":
