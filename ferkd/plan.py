@@ -29,8 +29,8 @@ class PlanSettings:
     """The teacher's classes."""
     crops: int = 200
     """Crops of each photo."""
-    topk: int = 5
-    """Classes kept for each crop."""
+    topk: int | None = None
+    """Classes kept for each crop. Default: 5, or all of fewer."""
     layout: Layout = "exact"
     """exact: boxes and float16 probabilities as they are; compact: boxes drawn again, probabilities in a few bits."""
     rate: float | None = None
@@ -60,6 +60,11 @@ class PlanSettings:
         if self.teacher is None and (self.teacher_weights or self.input_size or self.batch_size or self.autocast != "none"):
             raise InputError("--teacher-weights, --input-size, --batch-size and --autocast go with --teacher")
 
+    @property
+    def kept(self) -> int:
+        """Classes kept for each crop."""
+        return min(5, self.classes) if self.topk is None else self.topk
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -80,7 +85,7 @@ class Plan:
 def plan(settings: PlanSettings) -> Plan:
     """Computes the plan; measures first when a teacher is named. Raises InputError for classes and topk that no label can have."""
     box_codec, label_codec = CODECS[settings.layout]
-    bytes_a_crop = crop_bytes(box_codec, label_codec, settings.topk, settings.classes)
+    bytes_a_crop = crop_bytes(box_codec, label_codec, settings.kept, settings.classes)
     crops = settings.images * settings.crops
     index = 32 + 8 * (settings.images + 1) + (16 + PATH_BYTES) * settings.images  # docs/formats.md, index.bin
     rate = measured_rate(settings) if settings.teacher is not None else settings.rate
@@ -131,7 +136,7 @@ def plan_table(settings: PlanSettings, found: Plan) -> str:
         hours = f"{found.hours:,.2f}   at {found.rate:,.1f} crops/s ({source}) x {found.devices} device{'s' * (found.devices > 1)}"
     rows = [
         ("crops", f"{found.crops:,}   ({settings.images:,} images x {settings.crops:,})"),
-        ("bytes a crop", f"{found.crop_bytes}   ({settings.layout}, top {settings.topk} of {settings.classes:,})"),
+        ("bytes a crop", f"{found.crop_bytes}   ({settings.layout}, top {settings.kept} of {settings.classes:,})"),
         ("labels", f"{_size(found.label_bytes)} in {found.shards:,} shard{'s' * (found.shards > 1)}"),
         ("index", f"{_size(found.index_bytes)}, about"),
         ("store", _size(found.store_bytes)),
@@ -143,8 +148,8 @@ def plan_table(settings: PlanSettings, found: Plan) -> str:
 
 def plan_json(settings: PlanSettings, found: Plan) -> dict[str, Any]:
     """The plan for programs: what was asked and what came out."""
-    asked = {name: getattr(settings, name) for name in ("images", "topk", "classes", "layout", "teacher")}
-    return {**asked, "crops_an_image": settings.crops, **dataclasses.asdict(found)}
+    asked = {name: getattr(settings, name) for name in ("images", "classes", "layout", "teacher")}
+    return {**asked, "topk": settings.kept, "crops_an_image": settings.crops, **dataclasses.asdict(found)}
 
 
 def _size(count: float) -> str:
