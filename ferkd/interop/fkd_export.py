@@ -69,8 +69,9 @@ class Exported:
 
 
 def export_fkd(settings: ExportSettings, say: Callable[[str], None]) -> Exported:
-    """Writes OUT/train/CLASS/IMAGE.tar for every image that has crops left, each file whole or not at all.
+    """Writes OUT/train/CLASS/IMAGE.tar for every image that has crops left; the same call writes all again after an interruption.
 
+    A file appears whole, by renaming, but is not flushed to disk: a flush for each of a million files would take hours.
     Raises InputError for a folder that holds something else, a type that cannot hold the labels, and images that would share a file.
     """
     store = LabelStore(settings.store)
@@ -101,7 +102,7 @@ def export_fkd(settings: ExportSettings, say: Callable[[str], None]) -> Exported
         why = _unfit(labels, settings.data, store.exif_applied)
         if why is None:
             boxes, flips = labels.boxes(np.arange(store.crops))
-            dense_or_sparse, region = adapted_labels(store, labels, settings.policy, label_type)
+            adapted, region = adapted_labels(store, labels, settings.policy, label_type)
             regions += np.bincount(region, minlength=3)
             chosen = np.flatnonzero(region != Region.DISCARDED)
             if len(chosen) == 0:
@@ -116,7 +117,7 @@ def export_fkd(settings: ExportSettings, say: Callable[[str], None]) -> Exported
         content = [
             torch.from_numpy(shares(boxes[chosen], labels.width, labels.height)),
             torch.from_numpy(flips[chosen]),
-            dense_or_sparse[torch.from_numpy(chosen)],
+            torch.from_numpy(adapted[chosen]),
         ]
         _write(settings.out / trainer_name(labels.path), content)
         crops += len(chosen)
@@ -126,7 +127,6 @@ def export_fkd(settings: ExportSettings, say: Callable[[str], None]) -> Exported
     )
     lines = "".join(f"{path}\t{reason}\n" for path, reason in left_out.items())
     write_whole(settings.out / LEFT_OUT, [lines.encode("utf-8", "surrogateescape")])
-    os.sync()  # once for all files: a flush for each of a million would take hours
     write_whole(settings.out / MARKER, [_json({**job, "done": True, **exported.as_dict()})])
     for line in _summary(settings, store, exported):
         say(line)
@@ -139,7 +139,7 @@ def shares(boxes: NDArray[Any], width: int, height: int) -> NDArray[np.float32]:
     return np.stack([top / height, left / width, tall / height, wide / width], 1).astype(np.float32)
 
 
-def adapted_labels(store: LabelStore, labels: ImageLabels, policy: RegionPolicy, label_type: str) -> tuple[Tensor, NDArray[np.int8]]:
+def adapted_labels(store: LabelStore, labels: ImageLabels, policy: RegionPolicy, label_type: str) -> tuple[NDArray[Any], NDArray[np.int8]]:
     """An image's labels in FKD's form, calibrated ones replaced by the softened ground truth, and each crop's region [M].
 
     Shapes: `hard` [M] int64; `smoothing` [M, 2]; marginal types [M, 2, k] (ids, then probabilities); `dense` [M, C]; all float32.
@@ -155,14 +155,14 @@ def adapted_labels(store: LabelStore, labels: ImageLabels, policy: RegionPolicy,
         dense = _dense(ids, probs, store.classes)
         dense[calibrated] = other
         dense[calibrated, labels.target] = true
-        return torch.from_numpy(dense), region
+        return dense, region
     ids, probs = _top(ids, probs, KEPT[label_type], store.classes)
     ids[calibrated] = np.append(labels.target, _other_classes(np.array([labels.target]), ids.shape[1] - 1))
     probs[calibrated] = np.append(true, np.full(ids.shape[1] - 1, other))
     if label_type == "hard":
-        return torch.from_numpy(ids[:, 0]), region
+        return ids[:, 0], region
     rows = np.stack([ids, probs], 1).astype(np.float32)
-    return torch.from_numpy(rows[:, :, 0] if label_type == "smoothing" else rows), region
+    return rows[:, :, 0] if label_type == "smoothing" else rows, region
 
 
 def _each_class_once(ids: NDArray[np.int64], probs: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
