@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fkd_files import FKD_TYPES, fkd_labels, read_as_fkd, write_fkd
+from fkd_files import CLASSES, CROPS, FKD_TYPES, distributions, fkd_labels, read_as_fkd, write_fkd, write_labels
 from photos import COLOURS, write_photos
 from PIL import Image
 from small_stores import files_of
@@ -21,7 +21,6 @@ from ferkd.errors import InputError, StoreError
 from ferkd.folders import scan_split
 from ferkd.interop.fkd import FkdSettings, convert_fkd, generator_name, trainer_name
 
-CLASSES, CROPS = 12, 6
 NAMES = [*COLOURS, *(f"other {i}" for i in range(CLASSES - 3))]
 
 
@@ -35,26 +34,6 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("names") / "classes.txt"
     file.write_text("\n".join(NAMES) + "\n")
     return file
-
-
-def distributions(image: int, classes: int = CLASSES, crops: int = CROPS) -> np.ndarray:
-    """The made-up teacher's answer for each crop [M, C] float32, the truth (image's third) often on top."""
-    random = np.random.default_rng(image)
-    logits = random.normal(0, 2, (crops, classes))
-    logits[:, image // 4 % 3] += 3
-    probs = np.exp(logits - logits.max(1, keepdims=True))
-    return (probs / probs.sum(1, keepdims=True)).astype(np.float32)
-
-
-def write_labels(data: Path, folder: Path, label_type: str, half: bool = False, classes: int = CLASSES) -> Path:
-    """FKD's files for all of data/train; returns `folder`, which holds `train`."""
-    split = scan_split(data, "train")
-    for image, path in enumerate(split.paths):
-        with Image.open(split.root / path) as photo:
-            size = photo.size
-        boxes, flips = draw_crops(CropSettings(3), image, np.arange(CROPS), *size)
-        write_fkd(folder / generator_name(path), boxes, flips, fkd_labels(distributions(image, classes), label_type), size, half)
-    return folder
 
 
 def settings(data: Path, source: Path, store: Path, names: Path, **changes: object) -> FkdSettings:
@@ -95,6 +74,22 @@ def test_the_dense_default_keeps_the_best_five(data: Path, names: Path, tmp_path
     store = convert_fkd(settings(data, source, tmp_path / "store", names), lambda _: None)
     ids, _ = store.unpack(store.read(5).label_words)
     np.testing.assert_array_equal(ids, np.argsort(-distributions(5), 1)[:, :5])
+
+
+def test_no_more_classes_are_kept_than_training_takes(data: Path, tmp_path: Path) -> None:
+    names = tmp_path / "names"
+    names.write_text("\n".join([*COLOURS, *(f"c{i}" for i in range(77))]))
+    source = write_labels(data, tmp_path / "fkd", "dense", classes=80)
+    with pytest.raises(InputError, match="topk: 65, but a student can be trained on at most 64 classes a crop"):
+        convert_fkd(settings(data, source, tmp_path / "store", names, topk=65), lambda _: None)
+    assert convert_fkd(settings(data, source, tmp_path / "store", names, topk=64), lambda _: None).k == 64
+
+
+def test_a_file_larger_than_any_label_is_not_read(data: Path, names: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_labels(data, tmp_path / "fkd", "hard")
+    monkeypatch.setattr("ferkd.interop.conversion.MOST_BYTES", 1000)
+    with pytest.raises(InputError, match=r"0.tar: is larger than 1,000 bytes, which no image's labels are"):
+        convert_fkd(settings(data, source, tmp_path / "store", names), lambda _: None)
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])

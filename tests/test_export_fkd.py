@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fkd_files import read_as_fkd
+from fkd_files import CLASSES, read_as_fkd, write_labels
 from photos import COLOURS, write_photos, write_store
 from PIL import Image
 from small_stores import files_of, make_store, small_plan, write_missing
-from test_convert_fkd import CLASSES, write_labels
 
 from ferkd.cli import main
 from ferkd.errors import InputError

@@ -18,10 +18,12 @@ from ferkd.errors import InputError
 from ferkd.filling import evenly, fill_store, say_result
 from ferkd.folders import IMAGENET_VARIANTS, Split, class_mapping, wordnet_ids
 from ferkd.interop.pickles import DamagedFile
+from ferkd.loss import MAX_K
 from ferkd.records import pack_boxes, pack_labels
 from ferkd.store import LabelledImage, LabelStore, StorePlan
 
 FINGERPRINT_FILES = 16
+MOST_BYTES = 1 << 28
 LOW_AGREEMENT = 0.2
 EQUAL_CROPS = "a store has as many of each image; --crops takes the first so many"
 
@@ -149,6 +151,10 @@ def convert(settings: ConvertSettings, split: Split, classes: Classes, source: S
             f"{settings.source}: no labels for {len(missing):,} of {images:,} images ({shown}{' ...' if len(missing) > 3 else ''}); "
             "complete the label files, or record these images as failed with --allow-failures"
         )
+    if source.k > MAX_K:
+        raise InputError(
+            f"topk: {source.k}, but a student can be trained on at most {MAX_K} classes a crop; choose --topk {MAX_K} or fewer"
+        )
     plan = StorePlan(
         paths=split.paths,
         targets=classes.targets(split),
@@ -182,11 +188,7 @@ def convert(settings: ConvertSettings, split: Split, classes: Classes, source: S
             return LabelledImage(0, 0, 0, None, None, str(error).removeprefix(f"{path}: "))
         height, width = photo.shape[1:]
         try:
-            try:
-                data = file.read_bytes()
-            except OSError as error:
-                raise Unusable(f"{file.relative_to(settings.source)}: cannot be read ({error.strerror})") from error
-            labels = source.read(image, data, width, height)
+            labels = source.read(image, read_labels(file), width, height)
             boxes = pack_boxes(labels.boxes, labels.flips)
             words = pack_labels(labels.ids, labels.probs, "half", plan.classes)
         except (Unusable, DamagedFile) as error:
@@ -200,6 +202,18 @@ def convert(settings: ConvertSettings, split: Split, classes: Classes, source: S
     if share is not None and share < LOW_AGREEMENT:
         say("WARNING: that is little. Is --data the dataset that was labelled, and are its classes numbered as in the labels?")
     return store
+
+
+def read_labels(file: Path) -> bytes:
+    """A label file's bytes. Raises Unusable for one that cannot be read, or is larger than labels are."""
+    try:
+        with open(file, "rb") as opened:
+            data = opened.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise Unusable(f"{file.name}: cannot be read ({error.strerror})") from error
+    if len(data) > MOST_BYTES:
+        raise Unusable(f"{file.name}: is larger than {MOST_BYTES:,} bytes, which no image's labels are")
+    return data
 
 
 def checked_labels(
@@ -247,7 +261,7 @@ def _fingerprint(folder: Path, source: Source, images: int) -> str:
         if file is not None:
             digest.update(f"{file.relative_to(folder)}\0{file.stat().st_size}\n".encode("utf-8", "surrogateescape"))
             if image >= next_sampled:
-                digest.update(file.read_bytes())
+                digest.update(read_labels(file))
                 next_sampled = next(sampled)
     return digest.hexdigest()
 

@@ -27,6 +27,7 @@ from ferkd.interop.conversion import (
     choose_classes,
     convert,
     name_hashes,
+    read_labels,
 )
 from ferkd.interop.pickles import Array, DamagedFile, read_torch_file
 from ferkd.records import MAX_SIDE
@@ -196,7 +197,7 @@ def _form_of(settings: FkdSettings, files: _Files, images: int, classes: int) ->
             continue
         name = str(file.relative_to(files.folder))
         try:
-            content = _content(file.read_bytes(), name)
+            content = _content(read_labels(file), name)
             break
         except (DamagedFile, Unusable) as error:
             problem = problem or error

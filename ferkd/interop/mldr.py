@@ -18,7 +18,17 @@ from numpy.typing import NDArray
 from ferkd.crops import CropSettings
 from ferkd.errors import InputError
 from ferkd.folders import Split, scan_split
-from ferkd.interop.conversion import EQUAL_CROPS, ConvertSettings, CropLabels, Source, Unusable, checked_labels, choose_classes, convert
+from ferkd.interop.conversion import (
+    EQUAL_CROPS,
+    ConvertSettings,
+    CropLabels,
+    Source,
+    Unusable,
+    checked_labels,
+    choose_classes,
+    convert,
+    read_labels,
+)
 from ferkd.interop.pickles import read_torch_file
 from ferkd.store import LabelStore
 
@@ -52,7 +62,7 @@ def convert_mldr(settings: MlDrSettings, say: Callable[[str], None]) -> LabelSto
     first = next((image for image in range(len(split)) if path(image) is not None), None)
     if first is None:
         raise InputError(f"{settings.source}: has no labels for any of the {len(split):,} images ({why_none(0)})")
-    boxes, _, ids, _ = _samples((settings.source / f"{number_of[first]}{SUFFIX}").read_bytes(), int(number_of[first]), has_flip)
+    boxes, _, ids, _ = _samples(read_labels(settings.source / f"{number_of[first]}{SUFFIX}"), int(number_of[first]), has_flip)
     for name, found in (("crops", len(boxes)), ("topk", ids.shape[1])):
         wanted = getattr(settings, name)
         if wanted is not None and wanted > found:
