@@ -30,6 +30,7 @@ from torch import Tensor
 from ferkd.crops import DECODER, RESAMPLER, CropSettings, draw_crops, read_photo, take_crop
 from ferkd.errors import InputError, Stopped
 from ferkd.folders import Split, check_same_classes, scan_split
+from ferkd.like import check_photo, images_of, same_classes
 from ferkd.preflight import preflight
 from ferkd.process import keep_freed_memory
 from ferkd.records import BoxCodec, LabelCodec, pack_boxes, pack_labels
@@ -101,6 +102,8 @@ class LabelSettings:
     """Threads that decode and cut. Default: 1 for a teacher on the CPU, which keeps the cores busy; else one a core, at most 16."""
     autocast: Autocast = "none"
     """Run the teacher in bf16 or fp16 where PyTorch deems it safe; recorded in the store."""
+    like: Path | None = None
+    """Label the very crops of this store, so that ferkd merge can average the two; it decides images, crops and boxes."""
 
     def __post_init__(self) -> None:
         for name in ("crops", "topk", "limit", "batch_size", "input_size"):
@@ -113,6 +116,10 @@ class LabelSettings:
             raise InputError(f"layout: {self.layout!r} is unknown; choose 'exact' or 'compact'")
         if self.autocast not in AUTOCAST_DTYPE:
             raise InputError(f"autocast: {self.autocast!r} is unknown; choose 'none', 'bf16' or 'fp16'")
+        if self.like is not None:
+            for field in dataclasses.fields(self):
+                if field.name in ("crops", "limit", "seed", "scale", "ratio", "flip") and getattr(self, field.name) != field.default:
+                    raise InputError(f"{field.name}: --like {self.like} decides it; leave it out")
 
 
 def label(settings: LabelSettings, say: Callable[[str], None] = _to_stderr) -> LabelStore | None:
@@ -168,6 +175,7 @@ class Job:
     plan: StorePlan
     device: torch.device
     threads: int
+    like: LabelStore | None = None
 
     def describe(self) -> Iterator[str]:
         plan = self.plan
@@ -185,7 +193,8 @@ class Job:
 
 def plan_job(settings: LabelSettings) -> Job:
     """Lists the photos, loads the teacher and draws up the store's plan; nothing is written. Raises InputError as label does."""
-    crop_settings = CropSettings(settings.seed, settings.scale, settings.ratio, settings.flip)
+    like = None if settings.like is None else LabelStore(settings.like)
+    crop_settings = like.crop_settings if like else CropSettings(settings.seed, settings.scale, settings.ratio, settings.flip)
     train = scan_split(settings.data, "train")
     val = scan_split(settings.data, "val") if (settings.data / "val").is_dir() else None
     if val is not None:
@@ -195,18 +204,24 @@ def plan_job(settings: LabelSettings) -> Job:
         keep_freed_memory()
     teacher = load_teacher(settings.teacher, settings.teacher_weights, settings.input_size)
     classes = choose_classes(settings.classes, train.folders, teacher)
+    if like:
+        classes = same_classes(like, classes, train.folders)
     topk = min(5, len(classes.names)) if settings.topk is None else settings.topk
     if topk > len(classes.names):
         raise InputError(f"topk: {topk}, but there are only {len(classes.names):,} classes; choose at most that many")
     teacher.model.to(device)
 
-    chosen = np.arange(len(train)) if settings.limit is None else _evenly(len(train), settings.limit)
+    chosen = images_of(like, train) if like else np.arange(len(train)) if settings.limit is None else _evenly(len(train), settings.limit)
     paths = train.paths if len(chosen) == len(train) else PathTable.from_paths(train.paths[int(i)] for i in chosen)
     box_codec, label_codec = CODECS[settings.layout]
+    provenance = _provenance(settings, train, teacher, device)
+    if like:
+        box_codec = like.box_codec
+        provenance |= {"decoder": {**DECODER, "apply_exif": like.exif_applied}, "like": like.manifest_sha256}
     plan = StorePlan(
         paths=paths,
         targets=classes.class_of_folder[train.folder_of[chosen]],
-        crops=settings.crops,
+        crops=like.crops if like else settings.crops,
         k=topk,
         class_names=classes.names,
         folders={folder: int(i) for folder, i in zip(train.folders, classes.class_of_folder, strict=True)},
@@ -215,10 +230,10 @@ def plan_job(settings: LabelSettings) -> Job:
         crop_settings=crop_settings,
         batch_size=settings.batch_size or (CPU_BATCH if device.type == "cpu" else GPU_BATCH),
         temperature=1.0,
-        provenance=_provenance(settings, train, teacher, device),
+        provenance=provenance,
     )
     threads = settings.workers if settings.workers is not None else 1 if device.type == "cpu" else min(16, os.cpu_count() or 1)
-    return Job(settings, train, val, teacher, classes, plan, device, threads)
+    return Job(settings, train, val, teacher, classes, plan, device, threads, like)
 
 
 def _provenance(settings: LabelSettings, train: Split, teacher: LoadedModel, device: torch.device) -> dict[str, Any]:
@@ -321,9 +336,10 @@ def _cut_photo(job: Job, image: int) -> _CutPhoto:
     """Reads and decodes photo number `image` once and cuts all of its crops."""
     path = job.plan.paths[image]
     try:
-        photo, crc = read_photo(job.train.root / path, name=path)
+        photo, crc = read_photo(job.train.root / path, apply_exif=job.like is None or job.like.exif_applied, name=path)
         height, width = photo.shape[1:]
-        boxes, flips = draw_crops(job.plan.crop_settings, image, np.arange(job.plan.crops), width, height)
+        if job.like is None:
+            boxes, flips = draw_crops(job.plan.crop_settings, image, np.arange(job.plan.crops), width, height)
     except InputError as error:
         folder = (job.train.root / path).parent
         if not folder.is_dir():  # a disk that went away must not end as a store of failures
@@ -331,6 +347,11 @@ def _cut_photo(job: Job, image: int) -> _CutPhoto:
                 f"{folder}: is no longer there; bring it back and start the same command again: what is labelled so far is kept"
             ) from error
         return _CutPhoto(None, None, 0, 0, 0, str(error).removeprefix(f"{path}: "))
+    if job.like is not None:
+        if not job.like.entry(image).width:
+            return _CutPhoto(None, None, 0, 0, 0, job.like.manifest.failed.get(path, "has no crops in the other store"))
+        check_photo(job.like, image, crc, job.train.root / path)
+        boxes, flips = job.like.read(image).boxes(np.arange(job.plan.crops))
     size, interpolation = job.teacher.preprocessing.input_size, job.teacher.preprocessing.interpolation
     pixels = torch.empty(job.plan.crops, size, size, 3, dtype=torch.uint8)
     channels_first = pixels.permute(0, 3, 1, 2)
