@@ -164,7 +164,7 @@ GRID = {
 def tune_thresholds() -> Study:
     recipe = dataclasses.replace(SHORT, lr=RATE)
     arms = [
-        cifar_arm(method, recipe, images, "resnet56")
+        cifar_arm(method, recipe, images, "resnet20")
         for images in (CIFAR_TUNING, CIFAR_WRONG_TUNING)
         for method in (FKD, *(ferkd(confidence, *thresholds) for confidence in GRID for thresholds in GRID[confidence]))
     ]
@@ -194,7 +194,7 @@ def cifar_main() -> Study:
     for images in (CIFAR, CIFAR_WRONG):
         hard = (HARD, SMOOTH) if images == CIFAR else (SMOOTH,)
         arms += [cifar_arm(method, LONG, images, "") for method in hard]
-        for teacher in ("resnet56", "resnet20"):
+        for teacher in ("resnet20", "resnet56"):
             methods = [FKD, chosen("max", images), chosen("target", images), selfmix(images)]
             methods += [FKD_MIX] if images == CIFAR else []
             arms += [cifar_arm(method, LONG, images, teacher) for method in methods]
@@ -206,7 +206,7 @@ def cifar_small_crops() -> Study:
     arms = []
     for images in (CIFAR, CIFAR_WRONG):
         arms.append(cifar_arm(SMOOTH, LONG, images, "", 0.08))
-        for teacher in ("resnet56", "resnet20"):
+        for teacher in ("resnet20", "resnet56"):
             arms += [cifar_arm(method, LONG, images, teacher, 0.08) for method in (FKD, chosen(PRIMARY, images), selfmix(images))]
     return Study("cifar-small-crops", tuple(arms), FIVE)
 
