@@ -16,13 +16,16 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from photos import write_photos, write_store
+from scipy import stats
 
-from bench.convergence import datasets, run, studies
+from bench.convergence import analyse, datasets, run, studies, tables, why
 from bench.convergence.datasets import Images, prepare
-from bench.convergence.results import RUN_COLUMNS, append_rows, curves_file, read_rows, runs_file
+from bench.convergence.paired import holm, paired_difference
+from bench.convergence.results import CURVE_COLUMNS, RUN_COLUMNS, append_rows, curves_file, read_rows, runs_file
 from bench.convergence.stores import Labelling, Labels, derive
 from bench.convergence.studies import FKD, SMOOTH, Arm, Recipe, Study, Teacher, ferkd
 from ferkd.errors import StoreError
+from ferkd.report import store_statistics
 
 PHOTOS = Images("photos")
 
@@ -152,9 +155,11 @@ def test_images_without_labels_or_without_a_large_crop_are_refused_by_name(place
 # ---- The runner ------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_study_runs_once_with_equal_budgets_and_is_then_done(place):
+def test_a_study_runs_once_with_equal_budgets_and_is_then_done(place, capsys):
     study = tiny_study(Images("photos", wrong=0.4), evaluations=3)
-    assert run.run_studies([study], place) == 0
+    broken = dataclasses.replace(study.arms[0], recipe=dataclasses.replace(study.arms[0].recipe, student="python:photos:failing_net"))
+    assert run.run_studies([dataclasses.replace(study, arms=(broken, *study.arms))], place) == 1
+    assert "fails on images of 16 x 16 pixels" in capsys.readouterr().err, "a run that fails is named, and the others go on"
     rows = read_rows(runs_file(place.results, "tiny"))
     assert {(row["config"], row["seed"]) for row in rows} == {(arm.config, str(seed)) for arm, seed in study.runs()}
     assert len(rows) == 3
@@ -168,31 +173,24 @@ def test_a_study_runs_once_with_equal_budgets_and_is_then_done(place):
     assert int(by_method["FerKD (target)"]["discarded"]) > 0
     assert int(by_method["FerKD (target)"]["usable_images"]) < int(by_method["FKD"]["usable_images"]) == 30
     curves = read_rows(curves_file(place.results, "tiny"))
-    assert [row["step"] for row in curves if row["config"] == rows[0]["config"] and row["seed"] == "0"] == ["2", "4", "6"]
+    assert [row["step"] for row in curves if row["config"] == rows[0]["config"]] == ["2", "4", "6"]
 
-    before = runs_file(place.results, "tiny").read_bytes()
+    before = runs_file(place.results, "tiny").read_text()
     assert run.run_studies([study], place) == 0
-    assert runs_file(place.results, "tiny").read_bytes() == before
+    assert runs_file(place.results, "tiny").read_text() == before
     assert "3 of    3 runs done" in run.listing([study], place.results)
 
     # The work folder may be lost: only what the table lacks is made again, with the same figures.
     shutil.rmtree(place.work)
-    lines = before.decode().splitlines(keepends=True)
-    lost = read_rows(runs_file(place.results, "tiny"))[-1]
-    runs_file(place.results, "tiny").write_text("".join(lines[:-1]))
+    lost = by_method["hard labels + smoothing"]
+    kept = [line for line in before.splitlines(keepends=True) if lost["config"] not in line]
+    runs_file(place.results, "tiny").write_text("".join(kept))
     assert run.run_studies([study], place) == 0
     again = read_rows(runs_file(place.results, "tiny"))[-1]
-    assert [again[name] for name in ("config", "seed", "top1_last", "usable_images")] == [
-        lost[name] for name in ("config", "seed", "top1_last", "usable_images")
-    ]
-
-
-def test_a_run_that_fails_is_named_and_the_others_go_on(place, capsys):
-    study = tiny_study()
-    broken = dataclasses.replace(study.arms[0], recipe=dataclasses.replace(study.arms[0].recipe, student="python:photos:failing_net"))
-    assert run.run_studies([Study("tiny", (broken, study.arms[0]), (0,))], place) == 1
-    assert len(read_rows(runs_file(place.results, "tiny"))) == 1
-    assert "fails on images of 16 x 16 pixels" in capsys.readouterr().err
+    assert {name: again[name] for name in ("config", "seed", "top1_last", "top1_best")} == {
+        name: lost[name] for name in ("config", "seed", "top1_last", "top1_best")
+    }
+    assert not (place.work / "labels").exists()
 
 
 SLOW_RUNNER = """
@@ -234,8 +232,8 @@ def test_stopped_or_killed_its_runs_save_and_end_with_it(place, kill):
         fcntl.flock(lock, fcntl.LOCK_EX)
     assert (log.parent / "checkpoint.pt").exists()
     assert not runs_file(place.results, "slow").exists()
-    begun = [json.loads(line) for line in log.parent.with_suffix(".attempts").read_text().splitlines()]
-    assert len(begun) == 1
+    attempts = [set(json.loads(line)) for line in log.parent.with_suffix(".attempts").read_text().splitlines()]
+    assert attempts == ([{"begun"}, {"cpu", "wall"}] if kill == signal.SIGTERM else [{"begun"}]), "time that is known is kept"
 
 
 def test_the_processor_time_of_an_attempt_that_was_lost_is_not_made_up(place):
@@ -279,3 +277,89 @@ def test_the_studies_are_well_formed():
             if arm.labels:
                 assert arm.labels.labelling.teacher in studies.TEACHERS
                 assert arm.labels.labelling.crops >= arm.labels.crops
+
+
+# ---- The tables ------------------------------------------------------------------------------------------------------------------
+
+
+def test_paired_differences_are_those_of_the_paired_t_test():
+    first, second = np.random.default_rng(0).normal(0.6, 0.01, (2, 5))
+    found = paired_difference(dict(enumerate(first)), {**dict(enumerate(second)), 9: 0.0})
+    known = stats.ttest_rel(first, second)
+    interval = known.confidence_interval(0.95)
+    np.testing.assert_allclose([found.mean - found.half_width, found.mean + found.half_width, found.p], [*interval, known.pvalue])
+    assert found.n == 5, "a seed that only one of them has does not count"
+    assert paired_difference({0: 1.0}, {1: 1.0}) is None
+    assert np.isnan(paired_difference({0: 1.0}, {0: 0.5}).p)
+    assert paired_difference({0: 1.0, 1: 1.0}, {0: 0.5, 1: 0.5}).p == 0.0
+
+
+def test_holms_correction():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.04, float("nan"), 0.01]) == pytest.approx([0.04, float("nan"), 0.02], nan_ok=True)
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def made_up_rows(study, place, top1):
+    rows = []
+    for arm, seed in study.runs():
+        share = top1(arm.method.name, seed)
+        shares = dict.fromkeys(("top1", "best_top1", "top5", "top1_folders"), share)
+        regions = {"discarded": 1, "calibrated": 2, "kept": 7} if arm.labels else None
+        summary = {**shares, "steps": 6, "crops": 48, "val_images": 12, "usable_images": 30, "stored_regions": regions, "seconds": 1.0}
+        rows.append(run.row(study, arm, seed, place, summary, [{"begun": 1.0}, {"cpu": 2.0, "wall": 3.0}]))
+    return rows
+
+
+def test_the_planned_comparisons_and_the_rule_for_more_seeds(place):
+    study = dataclasses.replace(tiny_study(), seeds=(0, 1, 2, 3, 4))
+    spread = (-0.02, 0.02, -0.01, 0.01, 0.0)
+    unclear = {"FKD": lambda seed: 0.5 + spread[seed], "FerKD (target)": lambda seed: 0.505, "hard labels + smoothing": lambda seed: 0.3}
+    rows = made_up_rows(study, place, lambda method, seed: unclear[method](seed))
+    table = tables.design_tables(rows, "target")
+    assert "| FerKD (target) | 50.50 | 0.00 | 5 |" in table
+    assert "| FerKD (target) - FKD | +0.50 ± 1.96 | 5 | 0.52 | no |" in table
+    assert "| FKD - hard labels + smoothing | +20.00 ± 1.96 | 5 |" in table
+    assert "rule for more seeds: ten" in table
+    clear = made_up_rows(study, place, lambda method, seed: {"FKD": 0.5, "FerKD (target)": 0.52}.get(method, 0.3) + spread[seed] / 10)
+    assert "rule for more seeds: five are enough" in tables.design_tables(clear, "target")
+
+
+def test_the_report_is_made_from_whatever_rows_there_are(place, monkeypatch):
+    study = dataclasses.replace(tiny_study(evaluations=3), name="convergence")
+    monkeypatch.setattr(
+        analyse, "STUDIES", {"convergence": lambda: study, "cifar-main": lambda: dataclasses.replace(study, name="cifar-main")}
+    )
+    monkeypatch.setattr(sys, "argv", ["analyse", "--results", str(place.results)])
+    place.results.mkdir()
+    assert analyse.main() == 0
+    for name in ("convergence", "cifar-main"):
+        append_rows(runs_file(place.results, name), RUN_COLUMNS, made_up_rows(study, place, lambda *_: 0.5)[:2])
+    curve = [{"config": study.arms[1].config, "seed": 0, "step": step, "crops": 8 * step, "seconds": 1, "top1": 0.4} for step in (2, 4, 6)]
+    append_rows(curves_file(place.results, "convergence"), CURVE_COLUMNS, curve)
+    assert analyse.main() == 0
+    text = (place.results / "convergence.md").read_text()
+    assert "`convergence`: 2 of 3 runs" in text
+    assert "FKD" in text
+    for name in ("convergence.png", "convergence-cifar-main.png"):
+        assert 1_000 < (place.results / name).stat().st_size < 200_000
+
+
+def test_why_counts_the_teacher_against_what_is_told_and_what_is_true(place, tmp_path):
+    clean = prepare(PHOTOS, place.work, place.data)
+    images = Images("photos", wrong=0.4)
+    labels = Labels(Labelling("colours", PHOTOS, 12, 0.08), images, crops=12, min_scale=0.08, k=2)
+    store = derive(
+        labels, write_store(clean, tmp_path / "labelled", crops=12, k=3), prepare(images, place.work, place.data), tmp_path / "store"
+    )
+    arm = Arm(ferkd("target", 0.2, 0.6), tiny_study().arms[0].recipe, images, 0.08, labels)
+    rows = list(why.counted(arm, store, names(clean)))
+    for by in ("region", "confidence", "scale"):
+        mine = [row for row in rows if row["by"] == by]
+        assert sum(row["crops"] for row in mine) == 30 * 12
+        assert sum(row["crops"] * float(row["told_true"]) for row in mine) == pytest.approx(0.6 * 360, abs=0.2)
+    counted = store_statistics(store, arm.method.policy)
+    regions = {row["group"]: row for row in rows if row["by"] == "region"}
+    assert [regions[name]["crops"] for name in ("discarded", "calibrated", "kept")] == counted.regions.tolist()
+    agreement = [float(regions[name]["teacher_as_told"]) for name in ("discarded", "calibrated", "kept")]
+    np.testing.assert_allclose(agreement, (counted.region_agree / counted.regions).tolist(), atol=1e-4)

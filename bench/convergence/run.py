@@ -45,7 +45,10 @@ class Failed(Exception):
 
 
 class Stopping(Exception):
-    """Asked to stop."""
+    """Asked to stop; `seconds` of processor time were spent on what was stopped."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
 
 
 class Place(NamedTuple):
@@ -105,12 +108,13 @@ class Children:
                 with self._guard:
                     self._running.discard(process)
         process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = usage.ru_utime + usage.ru_stime
         if process.returncode != 0:
             if self.stopping.is_set():
-                raise Stopping
+                raise Stopping(seconds)
             lines = log.read_text(errors="replace").strip().splitlines() or [""]
             raise Failed(f"ferkd {arguments[0]} ended with status {process.returncode}: {lines[-1]} (all of it: {log})")
-        return usage.ru_utime + usage.ru_stime
+        return seconds
 
 
 _LIBC = ctypes.CDLL(None)
@@ -195,9 +199,15 @@ def train_one(study: Study, arm: Arm, seed: int, place: Place, children: Childre
                 print(json.dumps({"begun": time.time()}), file=file)
             before = time.perf_counter()
             arguments = train_arguments(study, arm, seed, place, usable_images(arm, place))
-            seconds = children.ferkd(arguments, folder.with_suffix(".txt"), [lock.fileno()])
+            stopped: Stopping | None = None
+            try:
+                seconds = children.ferkd(arguments, folder.with_suffix(".txt"), [lock.fileno()])
+            except Stopping as error:
+                stopped, seconds = error, error.seconds
             with open(attempts, "a") as file:
                 print(json.dumps({"cpu": seconds, "wall": time.perf_counter() - before}), file=file)
+            if stopped:
+                raise stopped
         summary = json.loads((folder / "summary.json").read_text())
     if summary["steps"] != arm.recipe.steps:
         raise Failed(f"{folder}: took {summary['steps']} steps, not the budget's {arm.recipe.steps}")

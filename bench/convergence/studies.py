@@ -211,5 +211,97 @@ def cifar_small_crops() -> Study:
     return Study("cifar-small-crops", tuple(arms), FIVE)
 
 
-STUDIES: dict[str, Callable[[], Study]] = {"tune-rate": tune_rate, "tune-thresholds": tune_thresholds}
+def convergence(images: Images = CIFAR) -> Study:
+    """Budgets of 5, 10 and 41 epochs, each with its own cosine; val is read ten times a run, for the curves."""
+    arms = [
+        cifar_arm(method, dataclasses.replace(LONG, steps=steps, evaluations=10), images, "resnet56")
+        for steps in (2000, 4000, 16000)
+        for method in (SMOOTH, FKD, chosen(PRIMARY, images))
+    ]
+    return Study("convergence-wrong" if images.wrong else "convergence", tuple(arms), (0, 1, 2))
+
+
+def convergence_wrong() -> Study:
+    return convergence(CIFAR_WRONG)
+
+
+# Ablations: 10,000 images, one thing varied at a time from FerKD as tuned.
+FEW, FEW_WRONG = Images("cifar10", share=0.2), Images("cifar10", wrong=0.4, share=0.2)
+
+
+def few_labels(images: Images, teacher: str = "resnet56", crops: int = 32, flags: tuple[str, ...] = (), **more: int | str) -> Labels:
+    return Labels(Labelling(teacher, FEW, crops=32, min_scale=0.35, flags=flags), images, crops, 0.35, **more)  # type: ignore[arg-type]
+
+
+def ablations() -> Study:
+    arms: list[Arm] = []
+
+    def add(varied: str, method: Method, images: Images = FEW, labels: Labels | None = None, **recipe: int) -> None:
+        stored = (labels or few_labels(images)) if method.uses_labels else None
+        arms.append(Arm(method, dataclasses.replace(SHORT, lr=RATE, **recipe), images, 0.35, stored, varied))  # type: ignore[arg-type]
+
+    for images in (FEW, FEW_WRONG):
+        base, other = chosen(PRIMARY, images), chosen("max" if PRIMARY == "target" else "target", images)
+        low, middle = base.policy.discard_below, base.policy.calibrate_below
+        for method in (base, FKD, SMOOTH):
+            add("base", method, images)
+        add(f"confidence = {other.policy.confidence}, as tuned", other, images)
+        for discard in (0.0, 0.05, 0.2, 0.5):
+            for calibrate in (0.0, 0.6):
+                if (discard, calibrate) != (0.0, 0.0):
+                    add(
+                        f"thresholds = discard below {discard:g}, calibrate below {calibrate:g}", ferkd(PRIMARY, discard, calibrate), images
+                    )
+        for above in (0.999, 0.99, 0.9):
+            add(f"discard above = {above:g}", ferkd(PRIMARY, low, middle, discard_above=above), images)
+        for smoothing in (0.0, 0.3):
+            # Where tuning calibrates nothing, smoothing acts on nothing: it is tried with calibration then.
+            add(f"smoothing = {smoothing:g}", ferkd(PRIMARY, low, middle or max(low, 0.6), smoothing=smoothing), images)
+
+    base = chosen(PRIMARY, FEW)
+    for k in (1, 3, 10):
+        add(f"k = {k}", base, labels=few_labels(FEW, k=k))
+    for temperature in (2.0, 4.0):
+        add(f"temperature = {temperature:g}", dataclasses.replace(base, temperature=temperature))
+    for crops in (4, 8, 16):
+        add(f"stored crops = {crops}", base, labels=few_labels(FEW, crops=crops))
+    for m in (1, 2, 8):
+        add(f"crops an image = {m}", base, crops_per_image=m)
+    add("label codec = packed", base, labels=few_labels(FEW, codec="packed"))
+    for method in (base, FKD):
+        add("teacher fed = wrong normalisation", method, labels=few_labels(FEW, "resnet56-unnormalised", flags=("--skip-preflight",)))
+        add("teacher fed = 48 px", method, labels=few_labels(FEW, flags=("--skip-preflight", "--input-size", "48")))
+    return Study("ablations", tuple({arm.config: arm for arm in reversed(arms)}.values())[::-1], (0, 1, 2))
+
+
+# ---- Imagenette ------------------------------------------------------------------------------------------------------------------
+
+IMAGENETTE, IMAGENETTE_TUNING = Images("imagenette"), Images("imagenette", held_out=True)
+RESNET10T = Recipe("timm:resnet10t", steps=1800, lr=0.1, weight_decay=5e-5, image_size=64)
+IMAGENETTE_GRID = {
+    "max": ((0.1, 0.0), (0.3, 0.0), (0.0, 0.3), (0.1, 0.3), (0.1, 0.5), (0.3, 0.5)),
+    "target": ((0.01, 0.0), (0.1, 0.0), (0.0, 0.1), (0.01, 0.1), (0.01, 0.3), (0.1, 0.3)),
+}
+IMAGENETTE_CHOSEN: dict[str, tuple[float, float]] = {}
+
+
+def imagenette_arm(method: Method, recipe: Recipe, images: Images) -> Arm:
+    labels = Labels(Labelling("lite0", IMAGENETTE, crops=32, min_scale=0.08), images, crops=32, min_scale=0.08)
+    return Arm(method, recipe, images, 0.08, labels if method.uses_labels else None)
+
+
+def imagenette_tune() -> Study:
+    recipe = dataclasses.replace(RESNET10T, steps=900)
+    grid = [ferkd(confidence, *thresholds) for confidence in IMAGENETTE_GRID for thresholds in IMAGENETTE_GRID[confidence]]
+    return Study("imagenette-tune", tuple(imagenette_arm(method, recipe, IMAGENETTE_TUNING) for method in (FKD, *grid)), (0,))
+
+
+def imagenette() -> Study:
+    tuned = {confidence: ferkd(confidence, *thresholds) for confidence, thresholds in IMAGENETTE_CHOSEN.items()}
+    mixed = ferkd(PRIMARY, *IMAGENETTE_CHOSEN[PRIMARY], name="FerKD + SelfMix", mix="selfmix")
+    methods = (SMOOTH, FKD, tuned["max"], tuned["target"], mixed, FKD_MIX)
+    return Study("imagenette", tuple(imagenette_arm(method, RESNET10T, IMAGENETTE) for method in methods), FIVE)
+
+
+STUDIES: dict[str, Callable[[], Study]] = {make.__name__.replace("_", "-"): make for make in (tune_rate, tune_thresholds)}
 """By name, in the order of their worth: what the runner does without being told which."""
