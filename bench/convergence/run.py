@@ -22,7 +22,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,22 +142,32 @@ def is_there(need: Need, place: Place) -> bool:
     return (place.store(need) / "manifest.json").exists()
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Holds FOLDER.lock; its descriptor is to be handed to a child: should this process be killed, the next waits for the child to save."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f"{folder.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock.fileno()
+
+
 def make(need: Need, place: Place, children: Children) -> None:
     """Images, labels of a teacher, or labels derived from those; goes on with what was begun."""
     if isinstance(need, Images):
         prepare(need, place.work, place.data)
-    elif isinstance(need, Labelling):
+        return
+    data, store = place.work / "data" / need.images.name, place.store(need)
+    with locked(store) as lock:
+        if isinstance(need, Labels):
+            derive(need, LabelStore(place.store(need.labelling)), data, store)
+            return
         teacher = TEACHERS[need.teacher]
         weights = ["--teacher-weights", str(place.data / teacher.weights)] if teacher.weights else []
         children.ferkd(
-            ["label", "--data", str(place.work / "data" / need.images.name), "--teacher", teacher.spec, *weights,
-             "--out", str(place.store(need)), "--crops", str(need.crops), "--topk", str(need.topk), "--scale", str(need.min_scale), "1.0",
-             *teacher.flags, *need.flags],
-            place.work / "logs" / f"label-{need.name}.txt",
+            ["label", "--data", str(data), "--teacher", teacher.spec, *weights, "--out", str(store), "--crops", str(need.crops),
+             "--topk", str(need.topk), "--scale", str(need.min_scale), "1.0", *teacher.flags, *need.flags],
+            place.work / "logs" / f"label-{need.name}.txt", [lock],
         )  # fmt: skip
-    else:
-        labelled = LabelStore(place.store(need.labelling))
-        derive(need, labelled, place.work / "data" / need.images.name, place.store(need))
 
 
 # ---- One run ---------------------------------------------------------------------------------------------------------------------
@@ -189,11 +200,8 @@ def usable_images(arm: Arm, place: Place) -> int:
 def train_one(study: Study, arm: Arm, seed: int, place: Place, children: Children) -> dict[str, Any]:
     """Trains, or goes on with what was begun, and returns the run's row."""
     folder = place.run(study, arm, seed)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     attempts = folder.with_suffix(".attempts")
-    # Held by the child too: should this process be killed, the next one waits until the child has saved and is gone.
-    with open(folder.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder) as lock:
         if not (folder / "summary.json").exists():
             with open(attempts, "a") as file:
                 print(json.dumps({"begun": time.time()}), file=file)
@@ -201,7 +209,7 @@ def train_one(study: Study, arm: Arm, seed: int, place: Place, children: Childre
             arguments = train_arguments(study, arm, seed, place, usable_images(arm, place))
             stopped: Stopping | None = None
             try:
-                seconds = children.ferkd(arguments, folder.with_suffix(".txt"), [lock.fileno()])
+                seconds = children.ferkd(arguments, folder.with_suffix(".txt"), [lock])
             except Stopping as error:
                 stopped, seconds = error, error.seconds
             with open(attempts, "a") as file:

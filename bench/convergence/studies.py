@@ -102,10 +102,13 @@ class Study:
     name: str
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
+    again: tuple[Arm, ...] = ()
+    """Those that are run once more, from seeds 1 and 2: what tuning chooses among."""
 
     def runs(self) -> Iterator[tuple[Arm, int]]:
         """Every method has its first seed before any has its second."""
-        return ((arm, seed) for seed in self.seeds for arm in self.arms)
+        yield from ((arm, seed) for seed in self.seeds for arm in self.arms)
+        yield from ((arm, seed) for seed in (1, 2) for arm in self.again)
 
 
 # ---- The methods -----------------------------------------------------------------------------------------------------------------
@@ -161,14 +164,19 @@ GRID = {
 }
 
 
+# The best three of each from seed 0, FKD besides, by confidence and share of wrong ground truth.
+FINALISTS: dict[tuple[str, float], tuple[tuple[float, float], ...]] = {}
+
+
 def tune_thresholds() -> Study:
     recipe = dataclasses.replace(SHORT, lr=RATE)
-    arms = [
-        cifar_arm(method, recipe, images, "resnet20")
-        for images in (CIFAR_TUNING, CIFAR_WRONG_TUNING)
-        for method in (FKD, *(ferkd(confidence, *thresholds) for confidence in GRID for thresholds in GRID[confidence]))
-    ]
-    return Study("tune-thresholds", tuple(arms), seeds=(0,))
+    first, again = [], []
+    for images in (CIFAR_TUNING, CIFAR_WRONG_TUNING):
+        arms = {(name, at): ferkd(name, *at) for name, grid in GRID.items() for at in grid}
+        first += [cifar_arm(method, recipe, images, "resnet20") for method in (FKD, *arms.values())]
+        best = [arms[name, at] for (name, wrong), finalists in FINALISTS.items() for at in finalists if wrong == images.wrong]
+        again += [cifar_arm(method, recipe, images, "resnet20") for method in ((FKD, *best) if best else ())]
+    return Study("tune-thresholds", tuple(first), (0,), tuple(again))
 
 
 # What tuning chose; the tables of the two studies show it. Thresholds by confidence and share of wrong ground truth.
