@@ -18,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from photos import write_photos, write_store
 from scipy import stats
 
-from bench.convergence import analyse, datasets, run, studies, tables, why
+from bench.convergence import analyse, datasets, run, settings, studies, tables, why
 from bench.convergence.datasets import Images, prepare
 from bench.convergence.paired import holm, paired_difference
 from bench.convergence.results import CURVE_COLUMNS, RUN_COLUMNS, append_rows, curves_file, read_rows, runs_file
+from bench.convergence.settings import FKD, SMOOTH, Arm, Recipe, Study, Teacher, ferkd
 from bench.convergence.stores import Labelling, Labels, derive
-from bench.convergence.studies import FKD, SMOOTH, Arm, Recipe, Study, Teacher, ferkd
 from ferkd.errors import StoreError
 from ferkd.report import store_statistics
 
@@ -39,7 +39,7 @@ def renamed_photos(data, out):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.setitem(datasets.SOURCES, "photos", renamed_photos)
-    monkeypatch.setitem(studies.TEACHERS, "colours", Teacher("python:photos:colour_teacher", flags=("--skip-preflight",)))
+    monkeypatch.setitem(settings.TEACHERS, "colours", Teacher("python:photos:colour_teacher", flags=("--skip-preflight",)))
     return run.Place(tmp_path / "work", tmp_path, tmp_path / "results")
 
 
@@ -158,7 +158,7 @@ def test_images_without_labels_or_without_a_large_crop_are_refused_by_name(place
 def test_a_study_runs_once_with_equal_budgets_and_is_then_done(place, capsys):
     study = tiny_study(Images("photos", wrong=0.4), evaluations=3)
     broken = dataclasses.replace(study.arms[0], recipe=dataclasses.replace(study.arms[0].recipe, student="python:photos:failing_net"))
-    assert run.run_studies([dataclasses.replace(study, arms=(broken, *study.arms))], place) == 1
+    assert run.run_studies([lambda _: dataclasses.replace(study, arms=(broken, *study.arms))], place) == 1
     assert "fails on images of 16 x 16 pixels" in capsys.readouterr().err, "a run that fails is named, and the others go on"
     rows = read_rows(runs_file(place.results, "tiny"))
     assert {(row["config"], row["seed"]) for row in rows} == {(arm.config, str(seed)) for arm, seed in study.runs()}
@@ -176,16 +176,16 @@ def test_a_study_runs_once_with_equal_budgets_and_is_then_done(place, capsys):
     assert [row["step"] for row in curves if row["config"] == rows[0]["config"]] == ["2", "4", "6"]
 
     before = runs_file(place.results, "tiny").read_text()
-    assert run.run_studies([study], place) == 0
+    assert run.run_studies([lambda _: study], place) == 0
     assert runs_file(place.results, "tiny").read_text() == before
-    assert "3 of    3 runs done" in run.listing([study], place.results)
+    assert "3 of    3 runs done" in run.listing({"tiny": lambda _: study}, place.results)
 
     # The work folder may be lost: only what the table lacks is made again, with the same figures.
     shutil.rmtree(place.work)
     lost = by_method["hard labels + smoothing"]
     kept = [line for line in before.splitlines(keepends=True) if lost["config"] not in line]
     runs_file(place.results, "tiny").write_text("".join(kept))
-    assert run.run_studies([study], place) == 0
+    assert run.run_studies([lambda _: study], place) == 0
     again = read_rows(runs_file(place.results, "tiny"))[-1]
     assert {name: again[name] for name in ("config", "seed", "top1_last", "top1_best")} == {
         name: lost[name] for name in ("config", "seed", "top1_last", "top1_best")
@@ -205,7 +205,7 @@ arm = t.dataclasses.replace(study.arms[0], recipe=t.dataclasses.replace(study.ar
 def install(stop):
     t.signal.signal(t.signal.SIGTERM, lambda *_: stop())
 place = run.Place(Path({work!r}), Path({work!r}), Path({results!r}), jobs=1)
-sys.exit(run.run_studies([t.Study("slow", (arm,), (0,))], place, install))
+sys.exit(run.run_studies([lambda _: t.Study("slow", (arm,), (0,))], place, install))
 """
 
 
@@ -251,7 +251,7 @@ def test_two_runners_do_not_share_a_work_folder(place, capsys):
     place.work.mkdir()
     with open(place.work / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert run.run_studies([tiny_study()], place) == 2
+        assert run.run_studies([lambda _: tiny_study()], place) == 2
     assert "another runner" in capsys.readouterr().err
 
 
@@ -267,16 +267,65 @@ def test_a_line_cut_short_is_dropped_and_other_columns_are_refused(tmp_path):
         append_rows(path, ("a", "c"), [{"a": 1, "c": 2}])
 
 
-def test_the_studies_are_well_formed():
-    for name, make in studies.STUDIES.items():
-        study = make()
-        assert study.name == name
+def tuned_as_if(results, study, top1):
+    """Rows of a tuning study as if every run of it had ended with top1(arm, seed)."""
+    path = runs_file(results, study.name)
+    done = {(row["config"], row["seed"]) for row in read_rows(path)}
+    rows = [
+        {"config": arm.config, "seed": seed, "top1_last": top1(arm, seed)}
+        for arm, seed in study.runs()
+        if (arm.config, str(seed)) not in done
+    ]
+    append_rows(path, RUN_COLUMNS, rows)
+
+
+def test_tuning_chooses_by_its_rules_and_what_waits_for_it_is_made_afterwards(tmp_path):
+    with pytest.raises(studies.NotTuned, match="tune-rate"):
+        studies.cifar_main(tmp_path)
+    assert [study.name for study in run.made(list(studies.STUDIES.values()), tmp_path)] == ["tune-rate", "imagenette-tune"]
+    assert "waits until tune-rate is complete" in run.listing(studies.STUDIES, tmp_path)
+
+    rates = {(0.2, False): 0.5, (0.2, True): 0.6, (0.4, True): 0.64}
+    tuned_as_if(tmp_path, studies.tune_rate(tmp_path), lambda arm, _: rates.get((arm.recipe.lr, arm.method.uses_labels), 0.45))
+    assert studies.rate(tmp_path) == 0.2, "the mean over both methods counts"
+
+    def top1(arm, seed):
+        policy = arm.method.policy
+        value = {("max", 0.9, 0.0): 0.70, ("max", 0.7, 0.0): 0.69, ("max", 0.5, 0.0): 0.68}.get(
+            (policy.confidence, policy.discard_below, policy.calibrate_below), 0.6
+        )
+        return (
+            value
+            - (0.1 if seed and policy.discard_below == 0.9 else 0.0)
+            + (0.05 if policy.confidence == "target" and arm.images.wrong else 0.0)
+        )
+
+    grid = studies.tune_thresholds(tmp_path)
+    assert (len(list(grid.runs())), grid.again) == (34, ())
+    assert {arm.recipe.lr for arm in grid.arms} == {0.2}
+    tuned_as_if(tmp_path, grid, top1)
+    finals = studies.tune_thresholds(tmp_path)
+    assert len(finals.again) == 2 * (1 + 3 + 3)
+    with pytest.raises(studies.NotTuned):
+        studies.chosen(tmp_path)
+    tuned_as_if(tmp_path, finals, top1)
+    chosen = studies.chosen(tmp_path)
+    assert chosen.thresholds["max", 0.0] == chosen.thresholds["max", 0.4] == (0.7, 0.0), "the best from seed 0 fell back from the others"
+    assert chosen.primary == "max"
+    tuned_as_if(tmp_path, studies.imagenette_tune(tmp_path), top1)
+    tuned_as_if(tmp_path, studies.imagenette_tune(tmp_path), top1)
+
+    made = run.made(list(studies.STUDIES.values()), tmp_path)
+    assert [study.name for study in made] == list(studies.STUDIES)
+    assert set(analyse.SECTIONS) == set(studies.STUDIES)
+    for study in made:
         runs = [(arm.config, seed) for arm, seed in study.runs()]
-        assert len(set(runs)) == len(runs), name
+        assert len(set(runs)) == len(runs), study.name
         for arm in study.arms:
             if arm.labels:
-                assert arm.labels.labelling.teacher in studies.TEACHERS
+                assert arm.labels.labelling.teacher in settings.TEACHERS
                 assert arm.labels.labelling.crops >= arm.labels.crops
+            assert arm.images.held_out == study.name.removeprefix("imagenette-").startswith("tune")
 
 
 # ---- The tables ------------------------------------------------------------------------------------------------------------------
@@ -316,20 +365,19 @@ def test_the_planned_comparisons_and_the_rule_for_more_seeds(place):
     spread = (-0.02, 0.02, -0.01, 0.01, 0.0)
     unclear = {"FKD": lambda seed: 0.5 + spread[seed], "FerKD (target)": lambda seed: 0.505, "hard labels + smoothing": lambda seed: 0.3}
     rows = made_up_rows(study, place, lambda method, seed: unclear[method](seed))
-    table = tables.design_tables(rows, "target")
+    table = tables.design_tables(rows)
     assert "| FerKD (target) | 50.50 | 0.00 | 5 |" in table
     assert "| FerKD (target) - FKD | +0.50 ± 1.96 | 5 | 0.52 | no |" in table
     assert "| FKD - hard labels + smoothing | +20.00 ± 1.96 | 5 |" in table
     assert "rule for more seeds: ten" in table
     clear = made_up_rows(study, place, lambda method, seed: {"FKD": 0.5, "FerKD (target)": 0.52}.get(method, 0.3) + spread[seed] / 10)
-    assert "rule for more seeds: five are enough" in tables.design_tables(clear, "target")
+    assert "rule for more seeds: five are enough" in tables.design_tables(clear)
 
 
 def test_the_report_is_made_from_whatever_rows_there_are(place, monkeypatch):
     study = dataclasses.replace(tiny_study(evaluations=3), name="convergence")
-    monkeypatch.setattr(
-        analyse, "STUDIES", {"convergence": lambda: study, "cifar-main": lambda: dataclasses.replace(study, name="cifar-main")}
-    )
+    main = dataclasses.replace(study, name="cifar-main")
+    monkeypatch.setattr(analyse, "STUDIES", {"convergence": lambda _: study, "cifar-main": lambda _: main})
     monkeypatch.setattr(sys, "argv", ["analyse", "--results", str(place.results)])
     place.results.mkdir()
     assert analyse.main() == 0

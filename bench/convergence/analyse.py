@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.convergence import figures
 from bench.convergence.results import Row, curves_file, read_rows, runs_file
-from bench.convergence.studies import PRIMARY, STUDIES
+from bench.convergence.studies import STUDIES, NotTuned
 from bench.convergence.tables import ablation_tables, budget_table, design_tables, grid, tuning_table
 
 THRESHOLDS = ("discard_below", "calibrate_below")
@@ -39,13 +39,13 @@ def why_section(rows: Sequence[Row]) -> str:
 SECTIONS: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "tune-rate": ("Tuning: learning rate", lambda rows: tuning_table(rows, ("lr",))),
     "tune-thresholds": ("Tuning: thresholds", lambda rows: tuning_table(rows, THRESHOLDS)),
-    "cifar-main": ("CIFAR-10, main design", lambda rows: design_tables(rows, PRIMARY)),
-    "cifar-small-crops": ("CIFAR-10, crops the teachers cannot judge", lambda rows: design_tables(rows, PRIMARY)),
+    "cifar-main": ("CIFAR-10, main design", design_tables),
+    "cifar-small-crops": ("CIFAR-10, crops the teachers cannot judge", design_tables),
     "ablations": ("Ablations, 10,000 images", ablation_tables),
     "convergence": ("Budgets", budget_table),
     "convergence-wrong": ("Budgets, 40 % wrong ground truth", budget_table),
     "imagenette-tune": ("Tuning: thresholds on Imagenette", lambda rows: tuning_table(rows, THRESHOLDS)),
-    "imagenette": ("Imagenette, ten-way accuracy", lambda rows: design_tables(rows, PRIMARY, "top1_folders_last")),
+    "imagenette": ("Imagenette, ten-way accuracy", lambda rows: design_tables(rows, "top1_folders_last")),
 }
 
 
@@ -54,7 +54,10 @@ def report(results: Path) -> str:
     parts = ["# The experiments' tables\n\nMade by `python -m bench.convergence.analyse`; the design is in bench/convergence/README.md."]
     for name, make in STUDIES.items():
         rows = read_rows(runs_file(results, name))
-        known = {(arm.config, str(seed)) for arm, seed in make().runs()}
+        try:
+            known = {(arm.config, str(seed)) for arm, seed in make(results).runs()}
+        except NotTuned:
+            continue
         mine = [row for row in rows if (row["config"], row["seed"]) in known]
         if not mine:
             continue

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,8 +33,9 @@ import ferkd
 from bench import machine
 from bench.convergence.datasets import Images, prepare
 from bench.convergence.results import CURVE_COLUMNS, RUN_COLUMNS, append_rows, curves_file, read_rows, runs_file
+from bench.convergence.settings import TEACHERS, Arm, Study
 from bench.convergence.stores import Labelling, Labels, derive
-from bench.convergence.studies import STUDIES, TEACHERS, Arm, Study
+from bench.convergence.studies import STUDIES, NotTuned
 from ferkd.store import LabelStore
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -270,13 +271,14 @@ def commit() -> str:
 class Queue:
     """The runs that are left, in order, handed out to threads. One whose needs another thread is making lets a later one go first."""
 
-    def __init__(self, studies: Iterable[Study], place: Place, children: Children) -> None:
-        self.place, self.children = place, children
+    def __init__(self, studies: Iterable[Study], place: Place, children: Children, failures: dict[tuple[str, str, int], str]) -> None:
+        """`failures`: (study, config, seed) -> what went wrong, of runs that are not tried again; new ones are added."""
+        self.place, self.children, self.failures = place, children, failures
         self.pending: list[tuple[Study, Arm, int]] = []
-        self.failures: list[str] = []
         for study in studies:
             done = {(row["config"], row["seed"]) for row in read_rows(runs_file(place.results, study.name))}
-            self.pending += [(study, arm, seed) for arm, seed in study.runs() if (arm.config, str(seed)) not in done]
+            runs = [(arm, seed) for arm, seed in study.runs() if (arm.config, str(seed)) not in done]
+            self.pending += [(study, arm, seed) for arm, seed in runs if (study.name, arm.config, seed) not in failures]
         self.left = len(self.pending)
         self._being_made: set[Need] = set()
         self._changed = threading.Condition()
@@ -301,8 +303,8 @@ class Queue:
             except Stopping:
                 return
             except Exception as error:  # one broken arm must not stop the night's other runs
-                self.failures.append(f"{name}: {type(error).__name__}: {error}")
-                say(f"FAILED {self.failures[-1]}")
+                self.failures[study.name, arm.config, seed] = f"{name}: {type(error).__name__}: {error}"
+                say(f"FAILED {name}: {error}")
             finally:
                 self._made(set(missing))
 
@@ -327,39 +329,61 @@ def say(line: str) -> None:
     print(f"{datetime.datetime.now():%H:%M:%S} {line}", flush=True)
 
 
-def run_studies(studies: Sequence[Study], place: Place, install_signals: Callable[[Callable[[], None]], None] = lambda stop: None) -> int:
-    """Runs what the CSVs lack. Returns the exit status: 0 all done, 1 some failed, 75 stopped. `install_signals` is given what stops it."""
+Made = Callable[[Path], Study]
+
+
+def made(makers: Sequence[Made], results: Path) -> list[Study]:
+    """The studies that can be made from the rows there are."""
+    studies = []
+    for maker in makers:
+        with contextlib.suppress(NotTuned):
+            studies.append(maker(results))
+    return studies
+
+
+def run_studies(makers: Sequence[Made], place: Place, install_signals: Callable[[Callable[[], None]], None] = lambda stop: None) -> int:
+    """Runs what the CSVs lack, and then what can be made only now that tuning is complete.
+
+    Returns the exit status: 0 all done, 1 some failed, 75 stopped, 2 not begun. `install_signals` is given what stops it.
+    """
     children = Children(place.threads)
     install_signals(children.stop)
     place.work.mkdir(parents=True, exist_ok=True)
+    failures: dict[tuple[str, str, int], str] = {}
     with open(place.work / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"{place.work}: another runner is at work here; give another --work or stop that one", file=sys.stderr)
             return 2
-        queue = Queue(studies, place, children)
-        say(f"{len(queue.pending)} runs to do, {place.jobs} at a time, {place.threads} thread(s) each")
-        threads = [threading.Thread(target=queue.work) for _ in range(place.jobs)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for failure in queue.failures:
+        while not children.stopping.is_set():
+            queue = Queue(made(makers, place.results), place, children, failures)
+            if not queue.pending:
+                break
+            say(f"{len(queue.pending)} runs to do, {place.jobs} at a time, {place.threads} thread(s) each")
+            threads = [threading.Thread(target=queue.work) for _ in range(place.jobs)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    for failure in failures.values():
         print(failure, file=sys.stderr)
-    return 75 if children.stopping.is_set() else 1 if queue.failures else 0
+    return 75 if children.stopping.is_set() else 1 if failures else 0
 
 
-def listing(studies: Sequence[Study], results: Path) -> str:
+def listing(makers: Mapping[str, Made], results: Path) -> str:
     lines = []
-    for study in studies:
-        rows = read_rows(runs_file(results, study.name))
-        done = {(row["config"], row["seed"]) for row in rows}
-        runs = [(arm.config, str(seed)) for arm, seed in study.runs()]
-        there = sum(run in done for run in runs)
+    for name, maker in makers.items():
+        try:
+            runs = [(arm.config, str(seed)) for arm, seed in maker(results).runs()]
+        except NotTuned as why:
+            lines.append(f"{name:<20} {why}")
+            continue
+        rows = read_rows(runs_file(results, name))
+        there = sum(run in {(row["config"], row["seed"]) for row in rows} for run in runs)
         cpu = [float(row["cpu_seconds"]) for row in rows if row["cpu_seconds"]]
-        mean = sum(cpu) / len(cpu) if cpu else float("nan")
-        lines.append(f"{study.name:<20} {there:>4} of {len(runs):>4} runs done, {mean:6.1f} CPU seconds a run")
+        mean = f", {sum(cpu) / len(cpu):.1f} CPU seconds a run" if cpu else ""
+        lines.append(f"{name:<20} {there:>4} of {len(runs):>4} runs done{mean}")
     return "\n".join(lines)
 
 
@@ -379,9 +403,9 @@ def main() -> int:
         parser.error(f"--data: {options.data} is no folder; give the test data's")
     if min(options.jobs, options.threads) < 1:
         parser.error("--jobs and --threads: give at least 1")
-    studies = [STUDIES[name]() for name in options.studies or STUDIES]
+    makers = {name: STUDIES[name] for name in options.studies or STUDIES}
     if options.list:
-        print(listing(studies, options.results))
+        print(listing(makers, options.results))
         return 0
     os.nice(19)  # these take hours: whatever else the machine is used for goes first
 
@@ -390,7 +414,7 @@ def main() -> int:
             signal.signal(number, lambda *_: stop())
 
     place = Place(options.work.resolve(), options.data.resolve(), options.results.resolve(), options.jobs, options.threads)
-    return run_studies(studies, place, install)
+    return run_studies(list(makers.values()), place, install)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ class Labelling:
     """One run of `ferkd label`: `crops` crops of at least `min_scale` of every train image, `topk` classes of each answer."""
 
     teacher: str
-    """A name in studies.TEACHERS."""
+    """A name in settings.TEACHERS."""
     images: Images
     crops: int
     min_scale: float

@@ -1,272 +1,217 @@
-"""The experiments as plain data: which methods, on which images and labels, for how many steps, from which seeds.
+"""The experiments: which methods, on which images and labels, for how many steps, from which seeds; and how tuning chooses.
 
-README.md beside this file says why. A run is named by its arm (everything but the seed) and its seed; changing an arm here makes
-new runs and leaves the rows of the old ones alone.
+README.md beside this file says why. Changing an arm here makes new runs and leaves the rows of the old ones alone. What a study takes
+over from tuning it reads from the tuning's own rows, by the rules written here, and cannot be made before those are complete.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 from bench.convergence.datasets import Images
+from bench.convergence.paired import spread
+from bench.convergence.results import read_rows, runs_file
+from bench.convergence.settings import FKD, FKD_MIX, HARD, SMOOTH, Arm, Method, Recipe, Study, ferkd
 from bench.convergence.stores import Labelling, Labels
-from ferkd.regions import RegionPolicy
+
+FIVE = (0, 1, 2, 3, 4)
+Thresholds = tuple[float, float]
+"""(discard_below, calibrate_below); 0 for none."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    spec: str
-    weights: str | None = None
-    """A file below the test data."""
-    flags: tuple[str, ...] = ("--autocast", "bf16", "--batch-size", "128")
-    """How `ferkd label` runs it."""
+# ---- What tuning chooses ---------------------------------------------------------------------------------------------------------
+
+FINALISTS = 3
 
 
-RESNET56 = "cifar10-teachers/resnet56-4bfd9763.th"
-TEACHERS = {
-    "resnet20": Teacher("python:bench.convergence.models:resnet20", "cifar10-teachers/resnet20-12fca82f.th"),
-    "resnet56": Teacher("python:bench.convergence.models:resnet56", RESNET56),
-    "resnet56-unnormalised": Teacher("python:bench.convergence.models:resnet56_unnormalised", RESNET56),
-    "lite0": Teacher("python:lite0_teacher:make", flags=("--autocast", "bf16", "--batch-size", "32")),
-}
+class NotTuned(Exception):
+    """A study that another one waits for is not complete."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How every method of a study trains its student: the budget is `steps` x `batch_size` crops. Nothing is left to ferkd's defaults."""
-
-    student: str
-    steps: int
-    lr: float
-    weight_decay: float = 5e-4
-    batch_size: int = 128
-    crops_per_image: int = 4
-    single_crop_share: float = 0.25
-    """The share of the steps, at the end, that take one crop an image."""
-    warmup_share: float = 0.05
-    image_size: int = 32
-    amp: str = "bf16"
-    evaluations: int = 1
-    """How often val is read, evenly over the run; the last time at its end."""
+def held_out(study: str, runs: Iterable[tuple[Arm, int]], results: Path) -> dict[Arm, float]:
+    """The mean top-1 of each arm over its runs. Raises NotTuned when one of them is missing."""
+    found = {(row["config"], row["seed"]): float(row["top1_last"]) for row in read_rows(runs_file(results, study))}
+    by_arm: dict[Arm, list[float]] = {}
+    for arm, seed in runs:
+        if (arm.config, str(seed)) not in found:
+            raise NotTuned(f"waits until {study} is complete")
+        by_arm.setdefault(arm, []).append(found[arm.config, str(seed)])
+    return {arm: spread(values).mean for arm, values in by_arm.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """What the student learns from: hard labels softened by the policy's smoothing, or stored labels under the policy."""
-
-    name: str
-    uses_labels: bool = True
-    policy: RegionPolicy = RegionPolicy()
-    mix: str = "none"
-    temperature: float = 1.0
-
-    def flags(self) -> list[str]:
-        policy = self.policy
-        flags = ["--smoothing", f"{policy.smoothing:g}", "--mix", self.mix, "--temperature", f"{self.temperature:g}", "--tail", "smooth"]
-        if self.uses_labels:
-            for name in ("discard_below", "calibrate_below", "discard_above"):
-                flags += [f"--{name.replace('_', '-')}", f"{getattr(policy, name):g}"]
-            flags += ["--confidence", policy.confidence]
-        return flags + (["--tau-squared"] if self.temperature != 1.0 else [])
+def grid_and_finalists(study: str, groups: Iterable[tuple[Arm, list[Arm]]], results: Path) -> Study:
+    """A grid from seed 0, and of each group the best FINALISTS again from seeds 1 and 2, beside the group's FKD. `groups`: (FKD, grid)."""
+    groups = list(groups)
+    first = Study(study, tuple(dict.fromkeys(arm for fkd, grid in groups for arm in (fkd, *grid))), (0,))
+    try:
+        top1 = held_out(study, first.runs(), results)
+    except NotTuned:
+        return first
+    again = [arm for fkd, grid in groups for arm in (fkd, *sorted(grid, key=lambda arm: -top1[arm])[:FINALISTS])]
+    return dataclasses.replace(first, again=tuple(dict.fromkeys(again)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """One way to train, apart from the seed. `labels` is None for hard labels, which draw fresh crops of at least `min_scale`."""
+class Chosen(NamedTuple):
+    """By confidence and share of wrong ground truth; `primary` is the confidence that is FerKD in the planned comparisons."""
 
-    method: Method
-    recipe: Recipe
-    images: Images
-    min_scale: float
-    labels: Labels | None = None
-    varied: str = ""
-    """What an ablation varies, and the value: "k = 3"."""
+    thresholds: Mapping[tuple[str, float], Thresholds]
+    primary: str
 
-    def __post_init__(self) -> None:
-        assert (self.labels is not None) == self.method.uses_labels, self.method.name
-        assert self.labels is None or (self.labels.images, self.labels.min_scale) == (self.images, self.min_scale)
+    def method(self, confidence: str, images: Images) -> Method:
+        return ferkd(confidence, *self.thresholds[confidence, images.wrong])
 
-    @property
-    def config(self) -> str:
-        """12 hexadecimal digits that name all of it, by what ferkd is told: for the CSV's column and the run's folder."""
-        recipe = dataclasses.asdict(self.recipe)
-        told = [recipe, self.method.flags(), self.images.name, self.min_scale, self.labels.name if self.labels else None]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+    def ferkd(self, images: Images) -> Method:
+        return self.method(self.primary, images)
+
+    def selfmix(self, images: Images) -> Method:
+        return ferkd(self.primary, *self.thresholds[self.primary, images.wrong], name="FerKD + SelfMix", mix="selfmix")
 
 
-@dataclasses.dataclass(frozen=True)
-class Study:
-    name: str
-    arms: tuple[Arm, ...]
-    seeds: tuple[int, ...]
-    again: tuple[Arm, ...] = ()
-    """Those that are run once more, from seeds 1 and 2: what tuning chooses among."""
-
-    def runs(self) -> Iterator[tuple[Arm, int]]:
-        """Every method has its first seed before any has its second."""
-        yield from ((arm, seed) for seed in self.seeds for arm in self.arms)
-        yield from ((arm, seed) for seed in (1, 2) for arm in self.again)
-
-
-# ---- The methods -----------------------------------------------------------------------------------------------------------------
-
-HARD = Method("hard labels", uses_labels=False, policy=RegionPolicy(smoothing=0.0))
-SMOOTH = Method("hard labels + smoothing", uses_labels=False)
-FKD = Method("FKD")
-FKD_MIX = Method("FKD + Mixup/CutMix", mix="mixup_cutmix")
-
-
-def ferkd(confidence: str, discard_below: float, calibrate_below: float, name: str = "", mix: str = "none", **more: float) -> Method:
-    policy = RegionPolicy(discard_below, calibrate_below, confidence=confidence, **more)  # type: ignore[arg-type]
-    return Method(name or f"FerKD ({confidence})", policy=policy, mix=mix)
+def choose(study: Study, results: Path) -> Chosen:
+    """Among the arms that were run again, the best of each kind; the confidence whose best are better on average over the images."""
+    if not study.again:
+        raise NotTuned(f"waits until {study.name} is complete")
+    again = set(study.again)
+    top1 = held_out(study.name, [(arm, seed) for arm, seed in study.runs() if arm in again], results)
+    best: dict[tuple[str, float], Arm] = {}
+    for arm in sorted(top1, key=lambda arm: top1[arm]):
+        if arm.method != FKD:
+            best[arm.method.policy.confidence, arm.images.wrong] = arm
+    thresholds = {key: (arm.method.policy.discard_below, arm.method.policy.calibrate_below) for key, arm in best.items()}
+    means = {confidence: spread([top1[best[key]] for key in best if key[0] == confidence]).mean for confidence, _ in best}
+    return Chosen(thresholds, max(means, key=lambda confidence: means[confidence]))
 
 
 # ---- CIFAR-10 --------------------------------------------------------------------------------------------------------------------
 
 CIFAR, CIFAR_WRONG = Images("cifar10"), Images("cifar10", wrong=0.4)
-STUDENT = "python:bench.convergence.models:small_student"
+SHORT = Recipe("python:bench.convergence.models:small_student", steps=1500, lr=0.1)
+LONG = dataclasses.replace(SHORT, steps=3000)
 CROPS_STORED = {0.35: 10, 0.08: 20}
 """Crops of an image: all that were labelled, or those among them that are large enough."""
 
 
-def cifar_labels(teacher: str, images: Images, min_scale: float, **more: int | str) -> Labels:
-    labelling = Labelling(teacher, CIFAR, crops=20, min_scale=0.08)
-    return Labels(labelling, images, CROPS_STORED[min_scale], min_scale, **more)  # type: ignore[arg-type]
-
-
 def cifar_arm(method: Method, recipe: Recipe, images: Images, teacher: str, min_scale: float = 0.35) -> Arm:
-    return Arm(method, recipe, images, min_scale, cifar_labels(teacher, images, min_scale) if method.uses_labels else None)
+    labels = Labels(Labelling(teacher, CIFAR, crops=20, min_scale=0.08), images, CROPS_STORED[min_scale], min_scale)
+    return Arm(method, recipe, images, min_scale, labels if method.uses_labels else None)
 
 
-# Tuning sees the held-out tenth of train alone, with shorter runs. First the learning rate, for two methods at once.
-SHORT = Recipe(STUDENT, steps=1500, lr=0.1)
-CIFAR_TUNING, CIFAR_WRONG_TUNING = dataclasses.replace(CIFAR, held_out=True), dataclasses.replace(CIFAR_WRONG, held_out=True)
-
-
-def tune_rate() -> Study:
+def tune_rate(results: Path) -> Study:
+    """The learning rate, for two methods at once."""
+    images = dataclasses.replace(CIFAR, held_out=True)
     arms = [
-        cifar_arm(method, dataclasses.replace(SHORT, lr=lr), CIFAR_TUNING, "resnet20")
-        for lr in (0.05, 0.1, 0.2, 0.4)
-        for method in (SMOOTH, FKD)
+        cifar_arm(method, dataclasses.replace(SHORT, lr=lr), images, "resnet20") for lr in (0.05, 0.1, 0.2, 0.4) for method in (SMOOTH, FKD)
     ]
-    return Study("tune-rate", tuple(arms), seeds=(0,))
+    return Study("tune-rate", tuple(arms), (0,))
 
 
-RATE = 0.2
+def rate(results: Path) -> float:
+    top1 = held_out("tune-rate", tune_rate(results).runs(), results)
+    by_rate: dict[float, list[float]] = {}
+    for arm, value in top1.items():
+        by_rate.setdefault(arm.recipe.lr, []).append(value)
+    return max(by_rate, key=lambda lr: spread(by_rate[lr]).mean)
 
-# Then the thresholds: (discard_below, calibrate_below), 0 for none.
-GRID = {
+
+GRID: dict[str, tuple[Thresholds, ...]] = {
     "max": ((0.5, 0.0), (0.7, 0.0), (0.9, 0.0), (0.0, 0.7), (0.0, 0.9), (0.5, 0.7), (0.5, 0.9), (0.7, 0.9)),
     "target": ((0.01, 0.0), (0.1, 0.0), (0.3, 0.0), (0.0, 0.3), (0.0, 0.7), (0.01, 0.3), (0.1, 0.5), (0.3, 0.7)),
 }
 
 
-# The best three of each from seed 0, FKD besides, by confidence and share of wrong ground truth.
-FINALISTS: dict[tuple[str, float], tuple[tuple[float, float], ...]] = {}
+def tune_thresholds(results: Path) -> Study:
+    recipe = dataclasses.replace(SHORT, lr=rate(results))
+    groups = [
+        (cifar_arm(FKD, recipe, images, "resnet20"), [cifar_arm(ferkd(name, *at), recipe, images, "resnet20") for at in grid])
+        for images in (dataclasses.replace(CIFAR, held_out=True), dataclasses.replace(CIFAR_WRONG, held_out=True))
+        for name, grid in GRID.items()
+    ]
+    return grid_and_finalists("tune-thresholds", groups, results)
 
 
-def tune_thresholds() -> Study:
-    recipe = dataclasses.replace(SHORT, lr=RATE)
-    first, again = [], []
-    for images in (CIFAR_TUNING, CIFAR_WRONG_TUNING):
-        arms = {(name, at): ferkd(name, *at) for name, grid in GRID.items() for at in grid}
-        first += [cifar_arm(method, recipe, images, "resnet20") for method in (FKD, *arms.values())]
-        best = [arms[name, at] for (name, wrong), finalists in FINALISTS.items() for at in finalists if wrong == images.wrong]
-        again += [cifar_arm(method, recipe, images, "resnet20") for method in ((FKD, *best) if best else ())]
-    return Study("tune-thresholds", tuple(first), (0,), tuple(again))
+def chosen(results: Path) -> Chosen:
+    return choose(tune_thresholds(results), results)
 
 
-# What tuning chose; the tables of the two studies show it. Thresholds by confidence and share of wrong ground truth.
-CHOSEN: dict[tuple[str, float], tuple[float, float]] = {}
-PRIMARY = "target"
-
-
-def chosen(confidence: str, images: Images) -> Method:
-    return ferkd(confidence, *CHOSEN[confidence, images.wrong])
-
-
-def selfmix(images: Images) -> Method:
-    return ferkd(PRIMARY, *CHOSEN[PRIMARY, images.wrong], name="FerKD + SelfMix", mix="selfmix")
-
-
-LONG = Recipe(STUDENT, steps=3000, lr=RATE)
-FIVE = (0, 1, 2, 3, 4)
-
-
-def cifar_main() -> Study:
+def cifar_main(results: Path) -> Study:
     """2 teachers x 2 shares of wrong ground truth, crops of scale 0.35 and more."""
-    arms = []
+    tuned, recipe, arms = chosen(results), dataclasses.replace(LONG, lr=rate(results)), []
     for images in (CIFAR, CIFAR_WRONG):
         hard = (HARD, SMOOTH) if images == CIFAR else (SMOOTH,)
-        arms += [cifar_arm(method, LONG, images, "") for method in hard]
+        arms += [cifar_arm(method, recipe, images, "") for method in hard]
         for teacher in ("resnet20", "resnet56"):
-            methods = [FKD, chosen("max", images), chosen("target", images), selfmix(images)]
+            methods = [FKD, tuned.method("max", images), tuned.method("target", images), tuned.selfmix(images)]
             methods += [FKD_MIX] if images == CIFAR else []
-            arms += [cifar_arm(method, LONG, images, teacher) for method in methods]
+            arms += [cifar_arm(method, recipe, images, teacher) for method in methods]
     return Study("cifar-main", tuple(arms), FIVE)
 
 
-def cifar_small_crops() -> Study:
+def cifar_small_crops(results: Path) -> Study:
     """The same with crops from 0.08 on, which the teachers cannot judge."""
-    arms = []
+    tuned, recipe, arms = chosen(results), dataclasses.replace(LONG, lr=rate(results)), []
     for images in (CIFAR, CIFAR_WRONG):
-        arms.append(cifar_arm(SMOOTH, LONG, images, "", 0.08))
+        arms.append(cifar_arm(SMOOTH, recipe, images, "", 0.08))
         for teacher in ("resnet20", "resnet56"):
-            arms += [cifar_arm(method, LONG, images, teacher, 0.08) for method in (FKD, chosen(PRIMARY, images), selfmix(images))]
+            methods = (FKD, tuned.ferkd(images), tuned.selfmix(images))
+            arms += [cifar_arm(method, recipe, images, teacher, 0.08) for method in methods]
     return Study("cifar-small-crops", tuple(arms), FIVE)
 
 
-def convergence(images: Images = CIFAR) -> Study:
+def convergence(results: Path, images: Images = CIFAR) -> Study:
     """Budgets of 5, 10 and 41 epochs, each with its own cosine; val is read ten times a run, for the curves."""
+    methods = (SMOOTH, FKD, chosen(results).ferkd(images))
     arms = [
-        cifar_arm(method, dataclasses.replace(LONG, steps=steps, evaluations=10), images, "resnet56")
+        cifar_arm(method, dataclasses.replace(LONG, lr=rate(results), steps=steps, evaluations=10), images, "resnet56")
         for steps in (2000, 4000, 16000)
-        for method in (SMOOTH, FKD, chosen(PRIMARY, images))
+        for method in methods
     ]
     return Study("convergence-wrong" if images.wrong else "convergence", tuple(arms), (0, 1, 2))
 
 
-def convergence_wrong() -> Study:
-    return convergence(CIFAR_WRONG)
+def convergence_wrong(results: Path) -> Study:
+    return convergence(results, CIFAR_WRONG)
 
 
-# Ablations: 10,000 images, one thing varied at a time from FerKD as tuned.
-FEW, FEW_WRONG = Images("cifar10", share=0.2), Images("cifar10", wrong=0.4, share=0.2)
+# ---- Ablations: 10,000 images of CIFAR-10, one thing varied at a time from FerKD as tuned ----------------------------------------
+
+FEW, FEW_WRONG = dataclasses.replace(CIFAR, share=0.2), dataclasses.replace(CIFAR_WRONG, share=0.2)
 
 
 def few_labels(images: Images, teacher: str = "resnet56", crops: int = 32, flags: tuple[str, ...] = (), **more: int | str) -> Labels:
     return Labels(Labelling(teacher, FEW, crops=32, min_scale=0.35, flags=flags), images, crops, 0.35, **more)  # type: ignore[arg-type]
 
 
-def ablations() -> Study:
+def ablations(results: Path) -> Study:
+    tuned, lr = chosen(results), rate(results)
     arms: list[Arm] = []
 
-    def add(varied: str, method: Method, images: Images = FEW, labels: Labels | None = None, **recipe: int) -> None:
+    def add(varied: str, method: Method, images: Images = FEW, labels: Labels | None = None, crops_per_image: int = 4) -> None:
+        recipe = dataclasses.replace(SHORT, lr=lr, crops_per_image=crops_per_image)
         stored = (labels or few_labels(images)) if method.uses_labels else None
-        arms.append(Arm(method, dataclasses.replace(SHORT, lr=RATE, **recipe), images, 0.35, stored, varied))  # type: ignore[arg-type]
+        arms.append(Arm(method, recipe, images, 0.35, stored, varied))
 
     for images in (FEW, FEW_WRONG):
-        base, other = chosen(PRIMARY, images), chosen("max" if PRIMARY == "target" else "target", images)
-        low, middle = base.policy.discard_below, base.policy.calibrate_below
+        base, name = tuned.ferkd(images), tuned.primary
+        other = "max" if name == "target" else "target"
+        low, middle = tuned.thresholds[name, images.wrong]
         for method in (base, FKD, SMOOTH):
             add("base", method, images)
-        add(f"confidence = {other.policy.confidence}, as tuned", other, images)
+        add(f"confidence = {other}, as tuned", tuned.method(other, images), images)
         for discard in (0.0, 0.05, 0.2, 0.5):
             for calibrate in (0.0, 0.6):
                 if (discard, calibrate) != (0.0, 0.0):
-                    add(
-                        f"thresholds = discard below {discard:g}, calibrate below {calibrate:g}", ferkd(PRIMARY, discard, calibrate), images
-                    )
+                    add(f"thresholds = discard below {discard:g}, calibrate below {calibrate:g}", ferkd(name, discard, calibrate), images)
         for above in (0.999, 0.99, 0.9):
-            add(f"discard above = {above:g}", ferkd(PRIMARY, low, middle, discard_above=above), images)
+            if above >= max(low, middle):
+                add(f"discard above = {above:g}", ferkd(name, low, middle, discard_above=above), images)
         for smoothing in (0.0, 0.3):
             # Where tuning calibrates nothing, smoothing acts on nothing: it is tried with calibration then.
-            add(f"smoothing = {smoothing:g}", ferkd(PRIMARY, low, middle or max(low, 0.6), smoothing=smoothing), images)
+            add(f"smoothing = {smoothing:g}", ferkd(name, low, middle or max(low, 0.6), smoothing=smoothing), images)
 
-    base = chosen(PRIMARY, FEW)
+    base = tuned.ferkd(FEW)
     for k in (1, 3, 10):
         add(f"k = {k}", base, labels=few_labels(FEW, k=k))
     for temperature in (2.0, 4.0):
@@ -279,18 +224,18 @@ def ablations() -> Study:
     for method in (base, FKD):
         add("teacher fed = wrong normalisation", method, labels=few_labels(FEW, "resnet56-unnormalised", flags=("--skip-preflight",)))
         add("teacher fed = 48 px", method, labels=few_labels(FEW, flags=("--skip-preflight", "--input-size", "48")))
-    return Study("ablations", tuple({arm.config: arm for arm in reversed(arms)}.values())[::-1], (0, 1, 2))
+    distinct = {arm.config: arm for arm in reversed(arms)}  # where tuning chose what is varied, the base stays
+    return Study("ablations", tuple(distinct.values())[::-1], (0, 1, 2))
 
 
 # ---- Imagenette ------------------------------------------------------------------------------------------------------------------
 
-IMAGENETTE, IMAGENETTE_TUNING = Images("imagenette"), Images("imagenette", held_out=True)
+IMAGENETTE = Images("imagenette")
 RESNET10T = Recipe("timm:resnet10t", steps=1800, lr=0.1, weight_decay=5e-5, image_size=64)
-IMAGENETTE_GRID = {
+IMAGENETTE_GRID: dict[str, tuple[Thresholds, ...]] = {
     "max": ((0.1, 0.0), (0.3, 0.0), (0.0, 0.3), (0.1, 0.3), (0.1, 0.5), (0.3, 0.5)),
     "target": ((0.01, 0.0), (0.1, 0.0), (0.0, 0.1), (0.01, 0.1), (0.01, 0.3), (0.1, 0.3)),
 }
-IMAGENETTE_CHOSEN: dict[str, tuple[float, float]] = {}
 
 
 def imagenette_arm(method: Method, recipe: Recipe, images: Images) -> Arm:
@@ -298,18 +243,28 @@ def imagenette_arm(method: Method, recipe: Recipe, images: Images) -> Arm:
     return Arm(method, recipe, images, 0.08, labels if method.uses_labels else None)
 
 
-def imagenette_tune() -> Study:
-    recipe = dataclasses.replace(RESNET10T, steps=900)
-    grid = [ferkd(confidence, *thresholds) for confidence in IMAGENETTE_GRID for thresholds in IMAGENETTE_GRID[confidence]]
-    return Study("imagenette-tune", tuple(imagenette_arm(method, recipe, IMAGENETTE_TUNING) for method in (FKD, *grid)), (0,))
+def imagenette_tune(results: Path) -> Study:
+    recipe, images = dataclasses.replace(RESNET10T, steps=900), dataclasses.replace(IMAGENETTE, held_out=True)
+    fkd = imagenette_arm(FKD, recipe, images)
+    grids = ((fkd, [imagenette_arm(ferkd(name, *at), recipe, images) for at in grid]) for name, grid in IMAGENETTE_GRID.items())
+    return grid_and_finalists("imagenette-tune", grids, results)
 
 
-def imagenette() -> Study:
-    tuned = {confidence: ferkd(confidence, *thresholds) for confidence, thresholds in IMAGENETTE_CHOSEN.items()}
-    mixed = ferkd(PRIMARY, *IMAGENETTE_CHOSEN[PRIMARY], name="FerKD + SelfMix", mix="selfmix")
-    methods = (SMOOTH, FKD, tuned["max"], tuned["target"], mixed, FKD_MIX)
-    return Study("imagenette", tuple(imagenette_arm(method, RESNET10T, IMAGENETTE) for method in methods), FIVE)
+def imagenette(results: Path) -> Study:
+    tuned = choose(imagenette_tune(results), results)
+    ours = (tuned.method("max", IMAGENETTE), tuned.method("target", IMAGENETTE), tuned.selfmix(IMAGENETTE))
+    return Study("imagenette", tuple(imagenette_arm(method, RESNET10T, IMAGENETTE) for method in (SMOOTH, FKD, *ours, FKD_MIX)), FIVE)
 
 
-STUDIES: dict[str, Callable[[], Study]] = {make.__name__.replace("_", "-"): make for make in (tune_rate, tune_thresholds)}
-"""By name, in the order of their worth: what the runner does without being told which."""
+STUDIES: dict[str, Callable[[Path], Study]] = {
+    "tune-rate": tune_rate,
+    "tune-thresholds": tune_thresholds,
+    "cifar-main": cifar_main,
+    "ablations": ablations,
+    "cifar-small-crops": cifar_small_crops,
+    "convergence": convergence,
+    "imagenette-tune": imagenette_tune,
+    "imagenette": imagenette,
+    "convergence-wrong": convergence_wrong,
+}
+"""By name, in the order of their worth: what the runner does without being told which. Each is made from the results' folder."""

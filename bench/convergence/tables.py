@@ -10,7 +10,7 @@ from bench.convergence.paired import LEVEL, Difference, holm, paired_difference,
 from bench.convergence.results import Row
 
 PLANNED = (("{FerKD}", "FKD"), ("FKD", "hard labels + smoothing"), ("FerKD + SelfMix", "{FerKD}"))
-"""First - second; {FerKD} is the confidence that tuning chose."""
+"""First - second; {FerKD} has the confidence that tuning chose, which is also SelfMix's."""
 
 EXTEND_HALF_WIDTH = 0.005
 METHODS = ("hard labels", "hard labels + smoothing", "FKD", "FKD + Mixup/CutMix", "FerKD (max)", "FerKD (target)", "FerKD + SelfMix")
@@ -85,8 +85,10 @@ def method_table(methods: dict[str, dict[int, Row]], column: str = "top1_last") 
     return grid(("method", "top-1, last", "s.d.", "n", "CPU s", "usable images", "crops discarded", "calibrated"), lines)
 
 
-def planned_table(methods: dict[str, dict[int, Row]], primary: str, column: str = "top1_last") -> str:
+def planned_table(methods: dict[str, dict[int, Row]], column: str = "top1_last") -> str:
     """The three planned comparisons of a cell, Holm-corrected together, and whether the rule asks for more seeds."""
+    ours = [runs for name in ("FerKD + SelfMix", "FerKD (target)", "FerKD (max)") if (runs := methods.get(name))]
+    primary = next(iter(ours[0].values()))["confidence"] if ours else "target"
     pairs = [tuple(name.format(FerKD=f"FerKD ({primary})") for name in pair) for pair in PLANNED]
     known = [
         (f"{a} - {b}", paired_difference(top1(methods[a], column), top1(methods[b], column))) for a, b in pairs if {a, b} <= methods.keys()
@@ -104,10 +106,10 @@ def planned_table(methods: dict[str, dict[int, Row]], primary: str, column: str 
     return table
 
 
-def design_tables(rows: Iterable[Row], primary: str, column: str = "top1_last") -> str:
+def design_tables(rows: Iterable[Row], column: str = "top1_last") -> str:
     parts = []
     for cell, methods in cells(rows).items():
-        parts += [f"### {cell}", method_table(methods, column), planned_table(methods, primary, column)]
+        parts += [f"### {cell}", method_table(methods, column), planned_table(methods, column)]
     return "\n\n".join(parts)
 
 

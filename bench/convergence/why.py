@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.convergence.studies import STUDIES, Arm
+from bench.convergence.run import made
+from bench.convergence.settings import Arm
+from bench.convergence.studies import STUDIES
 from ferkd.regions import BANDS, SCALES, Region, confidence_of, region_of
 from ferkd.store import LabelStore
 
@@ -77,7 +79,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "results" / "convergence-why.csv")
     options = parser.parse_args()
     rows = []
-    for arm in dict.fromkeys(arm for make in STUDIES.values() for arm in make().arms):
+    for arm in dict.fromkeys(arm for study in made(list(STUDIES.values()), options.out.parent) for arm in study.arms):
         is_asked = arm.labels is not None and arm.method.name.startswith("FerKD (") and not arm.varied and not arm.images.held_out
         path = options.work / "labels" / arm.labels.name if arm.labels else options.work
         source = options.work / "data" / arm.images.source / "train"
