@@ -133,21 +133,22 @@ def means(groups: dict[tuple[str, ...], dict[int, float]], start: tuple[str, ...
 
 
 def ablation_tables(rows: Sequence[Row]) -> str:
-    """One table for each thing that was varied, "NAME = VALUE" in the column `varied`, beside the rows that vary nothing ("base: ...")."""
+    """One table for each thing that was varied, "NAME = VALUE" in the column `varied`, beside the rows that vary nothing ("base")."""
     names = list(dict.fromkeys(row["varied"].partition(" = ")[0] for row in rows if " = " in row["varied"]))
     parts = []
     for name in names:
-        mine = [row for row in rows if row["varied"].partition(" = ")[0] == name or row["varied"].startswith("base")]
+        varied = [row for row in rows if row["varied"].partition(" = ")[0] == name]
+        mine = varied + [row for row in rows if row["varied"] == "base" and row["wrong"] in {other["wrong"] for other in varied}]
         groups: dict[tuple[str, str, str], dict[int, Row]] = {}
         for row in mine:
             groups.setdefault((row["wrong"], row["varied"], row["method"]), {})[int(row["seed"])] = row
         base = {key[0]: runs for key, runs in groups.items() if key[1] == "base" and key[2].startswith("FerKD")}
         lines = []
-        for (wrong, varied, method), runs in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] != "base", item[0])):
+        for (wrong, setting, method), runs in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] != "base", item[0])):
             mean, deviation, n = spread(list(top1(runs).values()))
             against = paired_difference(top1(runs), top1(base[wrong])) if wrong in base and runs is not base[wrong] else None
             lines.append(
-                (f"{float(wrong):.0%}", method, varied, points(mean), points(deviation), n, signed(against) if against else "",
+                (f"{float(wrong):.0%}", method, setting, points(mean), points(deviation), n, signed(against) if against else "",
                  share_of(runs, "discarded"), share_of(runs, "calibrated"))
             )  # fmt: skip
         head = ("wrong", "method", "varied", "top-1, last", "s.d.", "n", "against base FerKD", "discarded", "calibrated")
