@@ -270,71 +270,11 @@ def commit() -> str:
 # ---- The queue -------------------------------------------------------------------------------------------------------------------
 
 
-class Queue:
-    """The runs that are left, in order, handed out to threads. One whose needs another thread is making lets a later one go first."""
-
-    def __init__(self, studies: Iterable[Study], place: Place, children: Children, failures: dict[tuple[str, str, int], str]) -> None:
-        """`failures`: (study, config, seed) -> what went wrong, of runs that are not tried again; new ones are added."""
-        self.place, self.children, self.failures = place, children, failures
-        self.pending: list[tuple[Study, Arm, int]] = []
-        for study in studies:
-            done = {(row["config"], row["seed"]) for row in read_rows(runs_file(place.results, study.name))}
-            runs = [(arm, seed) for arm, seed in study.runs() if (arm.config, str(seed)) not in done]
-            self.pending += [(study, arm, seed) for arm, seed in runs if (study.name, arm.config, seed) not in failures]
-        self.left = len(self.pending)
-        self._being_made: set[Need] = set()
-        self._changed = threading.Condition()
-
-    def work(self) -> None:
-        """What each thread does until nothing is left, or all are asked to stop."""
-        while (claim := self._claim()) is not None:
-            (study, arm, seed), missing = claim
-            name = f"{study.name}: {arm.method.name}, {arm.images.name}, {arm.varied or arm.config}, seed {seed}"
-            try:
-                for need in missing:
-                    say(f"making {need.name}")
-                    make(need, self.place, self.children)
-                    self._made({need})
-                result = train_one(study, arm, seed, self.place, self.children)
-                if arm.recipe.evaluations > 1:
-                    append_rows(curves_file(self.place.results, study.name), CURVE_COLUMNS, curve(study, arm, seed, self.place))
-                append_rows(runs_file(self.place.results, study.name), RUN_COLUMNS, [result])
-                with self._changed:
-                    self.left -= 1
-                say(f"{name}: top-1 {float(result['top1_last']):.2%}, {result['cpu_seconds']} CPU seconds; {self.left} runs left")
-            except Stopping:
-                return
-            except Exception as error:  # one broken arm must not stop the night's other runs
-                self.failures[study.name, arm.config, seed] = f"{name}: {type(error).__name__}: {error}"
-                say(f"FAILED {name}: {error}")
-            finally:
-                self._made(set(missing))
-
-    def _claim(self) -> tuple[tuple[Study, Arm, int], list[Need]] | None:
-        with self._changed:
-            while self.pending and not self.children.stopping.is_set():
-                for place, (_, arm, _) in enumerate(self.pending):
-                    missing = [need for need in dict.fromkeys(needs(arm)) if not is_there(need, self.place)]
-                    if not self._being_made & set(missing):
-                        self._being_made |= set(missing)
-                        return self.pending.pop(place), missing
-                self._changed.wait(timeout=5.0)
-            return None
-
-    def _made(self, needs: set[Need]) -> None:
-        with self._changed:
-            self._being_made -= needs
-            self._changed.notify_all()
-
-
-def say(line: str) -> None:
-    print(f"{datetime.datetime.now():%H:%M:%S} {line}", flush=True)
-
-
+Run = tuple[Study, Arm, int]
 Made = Callable[[Path], Study]
 
 
-def made(makers: Sequence[Made], results: Path) -> list[Study]:
+def made(makers: Iterable[Made], results: Path) -> list[Study]:
     """The studies that can be made from the rows there are."""
     studies = []
     for maker in makers:
@@ -343,34 +283,106 @@ def made(makers: Sequence[Made], results: Path) -> list[Study]:
     return studies
 
 
+class Queue:
+    """Hands out to threads the first run that is left, looking each time: a row may complete the tuning that a study waits for.
+
+    A run whose needs another thread is making lets a later one go first.
+    """
+
+    def __init__(self, makers: Sequence[Made], place: Place, children: Children) -> None:
+        self.makers, self.place, self.children = makers, place, children
+        self.failures: dict[tuple[str, str, int], str] = {}
+        self._running: set[tuple[str, str, int]] = set()
+        self._being_made: set[Need] = set()
+        self._changed = threading.Condition()
+
+    def left(self) -> list[Run]:
+        """The runs that are neither done nor running nor failed, in order."""
+        runs = []
+        for study in made(self.makers, self.place.results):
+            done = {(row["config"], row["seed"]) for row in read_rows(runs_file(self.place.results, study.name))}
+            others = self._running | self.failures.keys()
+            runs += [
+                (study, arm, seed)
+                for arm, seed in study.runs()
+                if (arm.config, str(seed)) not in done and (study.name, arm.config, seed) not in others
+            ]
+        return runs
+
+    def work(self) -> None:
+        """What each thread does until nothing is left, or all are asked to stop."""
+        while (claim := self._claim()) is not None:
+            (study, arm, seed), missing = claim
+            key = (study.name, arm.config, seed)
+            name = f"{study.name}: {arm.method.name}, {arm.images.name}, {arm.varied or arm.config}, seed {seed}"
+            try:
+                for need in missing:
+                    say(f"making {need.name}")
+                    make(need, self.place, self.children)
+                    self._ended(needs={need})
+                result = train_one(study, arm, seed, self.place, self.children)
+                if arm.recipe.evaluations > 1:
+                    append_rows(curves_file(self.place.results, study.name), CURVE_COLUMNS, curve(study, arm, seed, self.place))
+                append_rows(runs_file(self.place.results, study.name), RUN_COLUMNS, [result])
+                say(f"{name}: top-1 {float(result['top1_last']):.2%}, {result['cpu_seconds']} CPU seconds")
+            except Stopping:
+                return
+            except Exception as error:  # one broken arm must not stop the night's other runs
+                self.failures[key] = f"{name}: {type(error).__name__}: {error}"
+                say(f"FAILED {self.failures[key]}")
+            finally:
+                self._ended(needs=set(missing), run=key)
+
+    def _claim(self) -> tuple[Run, list[Need]] | None:
+        with self._changed:
+            while not self.children.stopping.is_set():
+                left = self.left()
+                for study, arm, seed in left:
+                    missing = [need for need in dict.fromkeys(needs(arm)) if not is_there(need, self.place)]
+                    if not self._being_made & set(missing):
+                        self._being_made |= set(missing)
+                        self._running.add((study.name, arm.config, seed))
+                        return (study, arm, seed), missing
+                if not left and not self._running:
+                    break
+                self._changed.wait(timeout=5.0)
+            return None
+
+    def _ended(self, needs: set[Need], run: tuple[str, str, int] | None = None) -> None:
+        with self._changed:
+            self._being_made -= needs
+            self._running -= {run} if run else set()
+            self._changed.notify_all()
+
+
+def say(line: str) -> None:
+    print(f"{datetime.datetime.now():%H:%M:%S} {line}", flush=True)
+
+
 def run_studies(makers: Sequence[Made], place: Place, install_signals: Callable[[Callable[[], None]], None] = lambda stop: None) -> int:
-    """Runs what the CSVs lack, and then what can be made only now that tuning is complete.
+    """Runs what the CSVs lack, in the order of the studies; also what can be made only when tuning is complete.
 
     Returns the exit status: 0 all done, 1 some failed, 75 stopped, 2 not begun. `install_signals` is given what stops it.
     """
     children = Children(place.threads)
     install_signals(children.stop)
     place.work.mkdir(parents=True, exist_ok=True)
-    failures: dict[tuple[str, str, int], str] = {}
     with open(place.work / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"{place.work}: another runner is at work here; give another --work or stop that one", file=sys.stderr)
             return 2
-        while not children.stopping.is_set():
-            queue = Queue(made(makers, place.results), place, children, failures)
-            if not queue.pending:
-                break
-            say(f"{len(queue.pending)} runs to do, {place.jobs} at a time, {place.threads} thread(s) each")
-            threads = [threading.Thread(target=queue.work) for _ in range(place.jobs)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-    for failure in failures.values():
+        queue = Queue(makers, place, children)
+        say(f"{len(queue.left())} runs to do, {place.jobs} at a time, {place.threads} thread(s) each")
+        threads = [threading.Thread(target=queue.work) for _ in range(place.jobs)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for failure in queue.failures.values():
         print(failure, file=sys.stderr)
-    return 75 if children.stopping.is_set() else 1 if failures else 0
+    return 75 if children.stopping.is_set() else 1 if queue.failures else 0
 
 
 def listing(makers: Mapping[str, Made], results: Path) -> str:
