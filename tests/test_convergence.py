@@ -150,6 +150,9 @@ def test_images_without_labels_or_without_a_large_crop_are_refused_by_name(place
     (tmp_path / "more/train/blue/stranger.png").write_bytes(b"")
     with pytest.raises(StoreError, match=r"no labels of 1 images.*stranger.png"):
         derive(labels_of(PHOTOS), labelled, tmp_path / "more", tmp_path / "stranger")
+    twins = write_store(write_photos(tmp_path / "twins"), tmp_path / "labelled twins")
+    with pytest.raises(StoreError, match="16 images share a name"):
+        derive(labels_of(PHOTOS), twins, tmp_path / "twins", tmp_path / "twin")
 
 
 # ---- The runner ------------------------------------------------------------------------------------------------------------------

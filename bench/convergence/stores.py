@@ -64,6 +64,10 @@ def derive(labels: Labels, labelled: LabelStore, data: Path, out: Path) -> Label
     """
     split = scan_split(data, "train")
     number_of = {Path(path).name: number for number, path in enumerate(labelled.paths)}
+    if len(number_of) < len(labelled):
+        raise StoreError(
+            f"{labelled.path}: {len(labelled) - len(number_of):,} images share a name with another, so labels cannot be found by it"
+        )
     unknown = [path for path in split.paths if Path(path).name not in number_of]
     if unknown:
         raise StoreError(f"{labelled.path}: has no labels of {len(unknown):,} images of {split.root}, such as {unknown[0]}")
