@@ -236,7 +236,7 @@ def test_stopped_or_killed_its_runs_save_and_end_with_it(place, kill):
     assert (log.parent / "checkpoint.pt").exists()
     assert not runs_file(place.results, "slow").exists()
     attempts = [set(json.loads(line)) for line in log.parent.with_suffix(".attempts").read_text().splitlines()]
-    assert attempts == ([{"begun"}, {"cpu", "wall"}] if kill == signal.SIGTERM else [{"begun"}]), "time that is known is kept"
+    assert attempts == ([{"begun"}, {"cpu", "wall", "facts"}] if kill == signal.SIGTERM else [{"begun"}]), "time that is known is kept"
 
 
 def test_the_processor_time_of_an_attempt_that_was_lost_is_not_made_up(place):
@@ -246,6 +246,9 @@ def test_the_processor_time_of_an_attempt_that_was_lost_is_not_made_up(place):
     arm = study.arms[0]
     whole = run.row(study, arm, 0, place, summary, [{"begun": 1.0}, {"cpu": 2.0, "wall": 3.0}])
     assert (whole["cpu_seconds"], whole["wall_seconds"], whole["attempts"]) == ("2.0", "3.0", 1)
+    then = {"cpu": 2.0, "wall": 3.0, "facts": {"commit": "abc", "finished": "then"}}
+    later = run.row(study, arm, 0, place, summary, [{"begun": 1.0}, then])
+    assert (later["commit"], later["finished"]) == ("abc", "then"), "of the run, not of the row's writing"
     lost = run.row(study, arm, 0, place, summary, [{"begun": 1.0}, {"begun": 2.0}, {"cpu": 2.0, "wall": 3.0}])
     assert (lost["cpu_seconds"], lost["wall_seconds"], lost["attempts"]) == ("", "", 2)
 

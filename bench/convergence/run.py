@@ -216,7 +216,7 @@ def train_one(study: Study, arm: Arm, seed: int, place: Place, children: Childre
             except Stopping as error:
                 stopped, seconds = error, error.seconds
             with open(attempts, "a") as file:
-                print(json.dumps({"cpu": seconds, "wall": time.perf_counter() - before}), file=file)
+                print(json.dumps({"cpu": seconds, "wall": time.perf_counter() - before, "facts": facts(place)}), file=file)
             if stopped:
                 raise stopped
         summary = json.loads((folder / "summary.json").read_text())
@@ -225,7 +225,7 @@ def train_one(study: Study, arm: Arm, seed: int, place: Place, children: Childre
     return row(study, arm, seed, place, summary, [json.loads(line) for line in attempts.read_text().splitlines()])
 
 
-def row(study: Study, arm: Arm, seed: int, place: Place, summary: dict[str, Any], attempts: list[dict[str, float]]) -> dict[str, Any]:
+def row(study: Study, arm: Arm, seed: int, place: Place, summary: dict[str, Any], attempts: list[dict[str, Any]]) -> dict[str, Any]:
     labels, policy, recipe, regions = arm.labels, arm.method.policy, arm.recipe, summary["stored_regions"] or {}
     begun, ended = ([a for a in attempts if key in a] for key in ("begun", "cpu"))
     known = len(begun) == len(ended) > 0
@@ -242,6 +242,13 @@ def row(study: Study, arm: Arm, seed: int, place: Place, summary: dict[str, Any]
         "usable_images": summary["usable_images"], **{name: regions.get(name, "") for name in ("discarded", "calibrated", "kept")},
         "wall_seconds": f"{sum(a['wall'] for a in ended):.1f}" if known else "", "train_seconds": summary["seconds"],
         "cpu_seconds": f"{sum(a['cpu'] for a in ended):.1f}" if known else "", "attempts": len(begun),
+        **((ended[-1].get("facts") if ended else None) or facts(place)),
+    }  # fmt: skip
+
+
+def facts(place: Place) -> dict[str, Any]:
+    """What a run was made with, and when."""
+    return {
         "threads": place.threads, "jobs": place.jobs, "machine": machine.processor(), "cores": os.cpu_count(),
         "python": platform.python_version(), "torch": torch.__version__, "ferkd": ferkd.__version__, "commit": commit(),
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
