@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ferkd.errors import InputError
-from ferkd.labeling import AUTOCAST_DTYPE, CODECS, CPU_BATCH, GPU_BATCH, Autocast, Layout, keep_freed_memory
+from ferkd.labeling import AUTOCAST_DTYPE, CODECS, CPU_BATCH, GPU_BATCH, Autocast, Layout
+from ferkd.process import keep_freed_memory
 from ferkd.records import crop_bytes
 from ferkd.store import images_a_shard
 from ferkd.teacher import answer_logits, load_teacher

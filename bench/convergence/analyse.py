@@ -40,6 +40,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "tune-rate": ("Tuning: learning rate", lambda rows: tuning_table(rows, ("lr",))),
     "tune-thresholds": ("Tuning: thresholds", lambda rows: tuning_table(rows, THRESHOLDS)),
     "cifar-main": ("CIFAR-10, main design", design_tables),
+    "online": ("An online teacher beside stored labels", budget_table),
     "cifar-small-crops": ("CIFAR-10, crops the teachers cannot judge", design_tables),
     "ablations": ("Ablations, 10,000 images", ablation_tables),
     "convergence": ("Budgets", budget_table),

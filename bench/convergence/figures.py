@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from bench.convergence.results import Row
 from bench.convergence.tables import METHODS, cells, top1
 
-COLOURS = dict(zip(METHODS, ("#adb5bd", "#5c6b73", "#30638e", "#7fb2d9", "#edae49", "#d1495b", "#8f2d56"), strict=True))
+COLOURS = dict(zip(METHODS, ("#adb5bd", "#5c6b73", "#30638e", "#7fb2d9", "#edae49", "#d1495b", "#8f2d56", "#2e933c"), strict=True))
 
 
 def methods_picture(rows: Sequence[Row], path: Path, column: str = "top1_last") -> Path:

@@ -190,6 +190,8 @@ def train_arguments(study: Study, arm: Arm, seed: int, place: Place, usable_imag
         "optimizer": "sgd", "momentum": 0.9, "lr": recipe.lr, "weight-decay": recipe.weight_decay, "amp": recipe.amp, "workers": 0,
         "cache": "decoded", "log-every": 100,
     }  # fmt: skip
+    if arm.method.online and (weights := TEACHERS[arm.method.online].weights):
+        settings["teacher-weights"] = place.data / weights
     flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     return ["train", *flags, *labels, *arm.method.flags(), "--no-decay-norms-and-biases", "--resume", "auto", "--json"]
 
@@ -232,7 +234,7 @@ def row(study: Study, arm: Arm, seed: int, place: Place, summary: dict[str, Any]
     return {
         "study": study.name, "config": arm.config, "seed": seed, "source": arm.images.source, "wrong": arm.images.wrong,
         "share": arm.images.share, "held_out": int(arm.images.held_out), "min_scale": arm.min_scale,
-        "teacher": labels.labelling.teacher if labels else "", "stored_crops": labels.crops if labels else "",
+        "teacher": labels.labelling.teacher if labels else arm.method.online, "stored_crops": labels.crops if labels else "",
         "k": labels.k if labels else "", "codec": labels.codec if labels else "", "method": arm.method.name, "varied": arm.varied,
         "discard_below": policy.discard_below, "calibrate_below": policy.calibrate_below, "discard_above": policy.discard_above,
         "confidence": policy.confidence, "smoothing": policy.smoothing, "student": recipe.student.rpartition(":")[2], "lr": recipe.lr,

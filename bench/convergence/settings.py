@@ -54,13 +54,15 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What the student learns from: hard labels softened by the policy's smoothing, or stored labels under the policy."""
+    """What the student learns from: hard labels softened by the policy's smoothing, stored labels under the policy, or an online teacher."""
 
     name: str
     uses_labels: bool = True
     policy: RegionPolicy = RegionPolicy()
     mix: str = "none"
     temperature: float = 1.0
+    online: str = ""
+    """A teacher that is asked for every fresh crop instead."""
 
     def flags(self) -> list[str]:
         policy = self.policy
@@ -69,6 +71,8 @@ class Method:
             for name in ("discard_below", "calibrate_below", "discard_above"):
                 flags += [f"--{name.replace('_', '-')}", f"{getattr(policy, name):g}"]
             flags += ["--confidence", policy.confidence]
+        if self.online:
+            flags += ["--teacher", TEACHERS[self.online].spec, "--topk", "5", "--skip-preflight"]
         return flags + (["--tau-squared"] if self.temperature != 1.0 else [])
 
 
@@ -115,6 +119,7 @@ class Study:
 HARD = Method("hard labels", uses_labels=False, policy=RegionPolicy(smoothing=0.0))
 SMOOTH = Method("hard labels + smoothing", uses_labels=False)
 FKD = Method("FKD")
+ONLINE = Method("online teacher", uses_labels=False, online="resnet56")
 FKD_MIX = Method("FKD + Mixup/CutMix", mix="mixup_cutmix")
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from bench.convergence.datasets import Images
 from bench.convergence.paired import spread
 from bench.convergence.results import read_rows, runs_file
-from bench.convergence.settings import FKD, FKD_MIX, HARD, SMOOTH, Arm, Method, Recipe, Study, ferkd
+from bench.convergence.settings import FKD, FKD_MIX, HARD, ONLINE, SMOOTH, Arm, Method, Recipe, Study, ferkd
 from bench.convergence.stores import Labelling, Labels
 
 FIVE = (0, 1, 2, 3, 4)
@@ -175,6 +175,12 @@ def convergence_wrong(results: Path) -> Study:
     return convergence(results, CIFAR_WRONG)
 
 
+def online(results: Path) -> Study:
+    """A teacher that answers at every step, for fresh crops, beside one that answered once: what its time buys."""
+    recipe = dataclasses.replace(LONG, lr=rate(results))
+    return Study("online", tuple(cifar_arm(method, recipe, CIFAR, "resnet56") for method in (FKD, ONLINE)), (0, 1, 2))
+
+
 # ---- Ablations: 10,000 images of CIFAR-10, one thing varied at a time from FerKD as tuned ----------------------------------------
 
 FEW, FEW_WRONG = dataclasses.replace(CIFAR, share=0.2), dataclasses.replace(CIFAR_WRONG, share=0.2)
@@ -261,6 +267,7 @@ STUDIES: dict[str, Callable[[Path], Study]] = {
     "tune-thresholds": tune_thresholds,
     "cifar-main": cifar_main,
     "ablations": ablations,
+    "online": online,
     "cifar-small-crops": cifar_small_crops,
     "convergence": convergence,
     "imagenette-tune": imagenette_tune,

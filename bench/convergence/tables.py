@@ -13,7 +13,9 @@ PLANNED = (("{FerKD}", "FKD"), ("FKD", "hard labels + smoothing"), ("FerKD + Sel
 """First - second; {FerKD} has the confidence that tuning chose, which is also SelfMix's."""
 
 EXTEND_HALF_WIDTH = 0.005
-METHODS = ("hard labels", "hard labels + smoothing", "FKD", "FKD + Mixup/CutMix", "FerKD (max)", "FerKD (target)", "FerKD + SelfMix")
+METHODS = (
+    "hard labels", "hard labels + smoothing", "FKD", "FKD + Mixup/CutMix", "FerKD (max)", "FerKD (target)", "FerKD + SelfMix", "online teacher"
+)  # fmt: skip
 
 
 class Cell(NamedTuple):
