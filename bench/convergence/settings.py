@@ -54,7 +54,7 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What the student learns from: hard labels softened by the policy's smoothing, stored labels under the policy, or an online teacher."""
+    """What the student learns from: hard labels softened by the policy's smoothing, stored labels under the policy, or a teacher online."""
 
     name: str
     uses_labels: bool = True

@@ -14,7 +14,8 @@ PLANNED = (("{FerKD}", "FKD"), ("FKD", "hard labels + smoothing"), ("FerKD + Sel
 
 EXTEND_HALF_WIDTH = 0.005
 METHODS = (
-    "hard labels", "hard labels + smoothing", "FKD", "FKD + Mixup/CutMix", "FerKD (max)", "FerKD (target)", "FerKD + SelfMix", "online teacher"
+    "hard labels", "hard labels + smoothing", "FKD", "FKD + Mixup/CutMix", "FerKD (max)", "FerKD (target)", "FerKD + SelfMix",
+    "online teacher",
 )  # fmt: skip
 
 
