@@ -103,7 +103,7 @@ def extensions() -> "tuple[list, dict]":
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     sanitizers = os.environ.get("FERKD_SANITIZE")  # gcc's: "address,undefined" (see Makefile)
-    sanitize = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"] if sanitizers else []
+    sanitize = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"] if sanitizers else []
     modules = [
         CppExtension(
             "ferkd._C",
