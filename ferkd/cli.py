@@ -427,7 +427,9 @@ def _unboxed(text: str) -> str:
     """The words of an error that tyro framed for the terminal."""
     lines = [line.strip("╭╮╰╯│┌┐└┘─ ") for line in text.splitlines()]
     words = " ".join(line for line in lines if line.strip("-"))
-    return re.sub(r"^Value error Error parsing settings[.\w]*: ", "", words)
+    words = re.sub(r"^Value error Error parsing settings[.\w]*: ", "", words)
+    words = re.sub(r"^(Unrecognized options|Missing argument|Invalid choice|Required options) (?=\w)", "", words)
+    return re.sub(r"\.?\s*For full helptext, (?:see|run) (.*--help)$", r"; \1 explains", words)
 
 
 def _flag_value(arguments: Sequence[str], flag: str) -> str | None:

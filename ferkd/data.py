@@ -490,7 +490,7 @@ def check_same_photos(root: Path, store: LabelStore, samples: int = 16) -> None:
             continue  # could not be read when it was labelled
         if not (root / entry.path).is_file():
             raise StoreError(
-                f"{store.path}: labelled {entry.path}, which is not in {root}; is this the store of another dataset? "
-                "Give the --data folder that was labelled"
+                f"{store.path}: labelled {entry.path}, which is not in {root}: deleted since, or is this the store of another dataset? "
+                "Restore the photograph, or give the --data folder that was labelled"
             )
         photos(image)
