@@ -552,9 +552,13 @@ class LabelStore:
 def _read_scan(cache: Path, key: bytes, images: int) -> PolicyScan | None:
     """A kept scan, or None when there is none, it is damaged or it is of another store."""
     try:
-        data: npt.NDArray[np.uint8] = np.load(cache, allow_pickle=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data: npt.NDArray[np.uint8] = np.load(cache, allow_pickle=False)
         text = data.tobytes()
-    except (OSError, ValueError, EOFError):
+    except MemoryError:
+        raise
+    except Exception:  # what a damaged header makes of NumPy's parser: SyntaxError, TokenError ...
         return None
     bits = (images + 7) // 8
     if len(text) != 32 + 24 + bits + 4 or text[:32] != key or zlib.crc32(text[:-4]) != int.from_bytes(text[-4:], "little"):
