@@ -77,7 +77,7 @@ _STALE_S = 60.0
 class JobLock:
     """One labelling job holds a store: flock on this machine; for others, which may not see it, host, pid and a heartbeat."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, who: str = "another labeller") -> None:
         self._path = path
         self._fd = -1
         self._pid = os.getpid()
@@ -93,8 +93,7 @@ class JobLock:
                     if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                         raise
                     raise StoreError(
-                        f"{path.parent}: another labeller is at work on it ({holder['pid']} on {holder['host']}); "
-                        "let it finish, or stop it first"
+                        f"{path.parent}: {who} is at work on it ({holder['pid']} on {holder['host']}); let it finish, or stop it first"
                     ) from None
                 try:
                     if os.fstat(fd).st_ino == os.stat(path).st_ino:

@@ -116,6 +116,23 @@ def test_every_mixing_trains(photos: Path, store: LabelStore, tmp_path: Path, mi
     assert all(0 < line["loss"] < 5 for run in ("run", "hard") for line in lines(tmp_path / run, "train"))
 
 
+def test_two_trainings_of_one_run_are_refused(photos: Path, tmp_path: Path) -> None:
+    """The second says so and touches nothing; a killed one's lock is free."""
+
+    def second(line: str) -> None:
+        if not tried:
+            tried.append(line)
+            with pytest.raises(InputError, match=r"run: another ferkd train is at work on it \(process \d+ on .*\); let it finish"):
+                train(job(photos, tmp_path / "run", resume=True))
+
+    tried: list[str] = []
+    train(dataclasses.replace(job(photos, tmp_path / "run"), say=second))
+    assert tried
+    (tmp_path / "run/lock").write_text('{"host": null, "pid": 1}')
+    train(job(photos, tmp_path / "run", resume=True))
+    assert not (tmp_path / "run/lock").exists()
+
+
 @pytest.mark.parametrize(
     "changes",
     [
