@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from ferkd import __version__
+from ferkd.distributed import first_to_say
 from ferkd.errors import CheckFailed, InputError, Stopped
 from ferkd.recipes import TrainConfig, recipe
 from ferkd.regions import RegionPolicy
@@ -48,20 +49,17 @@ class Output:
 def label(arguments: Sequence[str]) -> None:
     """Label crops of every photograph in DATA/train with a teacher and store its answers in a folder.
 
-    May be stopped at any moment (also by kill -9) and started again: the finished store is the same, byte for byte.
+    May be stopped at any moment (also by kill -9) and started again: the finished store is the same, byte for byte. So it is from several
+    GPUs and machines that share the disk: torchrun --nproc-per-node 8 -m ferkd label ...
 
     Example: ferkd label --data photos --teacher timm:resnet50.a1_in1k --out labels --crops 200
     """
-    from ferkd.labeling import LabelSettings
-    from ferkd.labeling import label as run_labelling
+    from ferkd.labeling import LabelSettings, label_with_figures
 
     settings, output = _parse(label, LabelSettings, arguments)
-    store = run_labelling(settings)
-    if output.json:
-        summary: dict[str, Any] = {"store": str(settings.out)}
-        if store is not None:
-            summary |= {"images": len(store), "crops": len(store) * store.crops, "classes": store.classes, "k": store.k}
-        print(json.dumps(summary))
+    labelled = label_with_figures(settings)
+    if output.json and labelled is not None:
+        print(json.dumps(labelled.figures))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             text = f"{error.filename}: {error.strerror}"
         elif lost_worker:
             text = f"workers: {text} Did memory, or /dev/shm, run out? Use fewer --workers"
-        print(f"ferkd {arguments[0]}: {text}", file=sys.stderr)
+        if first_to_say(text):
+            print(f"ferkd {arguments[0]}: {text}", file=sys.stderr)
         sys.exit(status)
 
 

@@ -148,7 +148,7 @@ def test_the_working_files_are_the_pages(tmp_path):
         assert rows[:64] == bytes.fromhex(ROWS.replace(" ", "")[:128])
         assert rows[64:-4] == index[64:112] + reasons
         assert rows[-4:] == bytes.fromhex("2a701f11") == zlib.crc32(rows[:-4]).to_bytes(4, "little")
-        assert set(json.loads((tmp_path / "lock").read_bytes())) == {"host", "pid"}
+        assert set(json.loads((tmp_path / "lock").read_bytes())) == {"host", "pid", "job"}
 
 
 def test_a_reader_written_from_the_page_alone_finds_the_same(tmp_path):
