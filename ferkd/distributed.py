@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import hashlib
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -119,9 +120,10 @@ def first_to_say(text: str) -> bool:
         return True
     key = f"ferkd said, attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{hashlib.sha256(text.encode()).hexdigest()}"
     try:
+        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=2.0).close()  # or PyTorch tries on
         store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=5)))
         return bool(store.add(key, 1) == 1)
-    except (RuntimeError, ValueError):
+    except (RuntimeError, ValueError, KeyError, OSError):
         return True
 
 

@@ -104,7 +104,9 @@ class Crew:
             self._put(f"{self._job}/begin", {})
 
     def enlist(self, look: Callable[[str], list[str]]) -> list[Task]:
-        """Waits for the leader's list of tasks. `look` is given the job's token, looks at the store's folder and tells the differences."""
+        """Waits for the leader's list of tasks. If there are any, `look` is given the job's token, looks at the store's folder and tells in
+        what this machine differs.
+        """
         started = time.monotonic()
         while (order := self._get(f"order/{self._id}")) is None:
             self._process(0)
@@ -112,7 +114,7 @@ class Crew:
         if (leader := self._process(0)) is not None:
             self._watched[0] = leader
         self._job = order["job"]
-        self._put(f"enlisted/{self._id}", {"differences": look(self._job)})
+        self._put(f"enlisted/{self._id}", {"differences": look(self._job) if order["todo"] else []})
         while self._get(f"{self._job}/begin") is None:
             self._pause(started, {0})
         return [Task(*task) for task in order["todo"]]
@@ -174,8 +176,15 @@ class Crew:
 
     @property
     def crops(self) -> int:
-        """The crops labelled by all processes, as far as it is known here."""
+        """The crops labelled by all processes, the others' as of some seconds ago."""
         return self._here + self._elsewhere
+
+    def crops_now(self) -> int:
+        """The same, asked anew where that is possible."""
+        with contextlib.suppress(InputError):
+            if self._store is not None and self._lost is None:
+                self._tell_crops()
+        return self.crops
 
     def wait(self, todo: Sequence[Task], meanwhile: Callable[[], None]) -> None:
         """The leader, out of work, waits for the others' last tasks, or until it is to stop."""

@@ -173,6 +173,8 @@ def _follow(job: Job, crew: Crew) -> None:
         return differences
 
     todo = crew.enlist(look)
+    if not todo:
+        return
     with contextlib.closing(shards[0]) as writer:
         _work(job, crew, writer, todo, lambda: None)
     if crew.stop.is_set():
@@ -215,7 +217,7 @@ def _write_shard(
 
 
 def _stopped_text(job: Job, crew: Crew, total: int) -> str:
-    return f"stopped after {crew.crops:,} of {total:,} crops; start the same command again to go on with {job.settings.out}"
+    return f"stopped after {crew.crops_now():,} of {total:,} crops; start the same command again to go on with {job.settings.out}"
 
 
 @contextlib.contextmanager

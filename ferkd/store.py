@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 FORMAT = "ferkd-store"
 VERSION = 1
 SHARD_BYTES = 64 << 20
+SHARDS = 256
 
 _ROW_DTYPE = np.dtype([("target", "<u4"), ("width", "<u2"), ("height", "<u2"), ("photo_crc", "<u4"), ("crc", "<u4")])
 _INDEX_HEADER = struct.Struct("<8sIIQQ")  # magic, version, bytes a row, images, bytes of paths
@@ -45,9 +46,13 @@ _OPEN_SHARDS = 256
 _SCAN_CROPS = 1 << 16
 
 
-def images_a_shard(image_bytes: int) -> int:
-    """The images of a full shard: as many as fit 64 MiB, in whole units of 64, and at least one unit."""
-    return max(UNIT_IMAGES, SHARD_BYTES // image_bytes // UNIT_IMAGES * UNIT_IMAGES)
+def images_a_shard(image_bytes: int, images: int) -> int:
+    """The images of a full shard, in whole units of 64: as many as fit 64 MiB, but of `images` so few that there are up to 256 shards,
+    since shards are what processes that label together share out. It depends on nothing but the job, as a store's bytes must.
+    """
+    by_size = SHARD_BYTES // image_bytes // UNIT_IMAGES * UNIT_IMAGES
+    by_count = -(-images // (SHARDS * UNIT_IMAGES)) * UNIT_IMAGES
+    return max(UNIT_IMAGES, min(by_size, by_count))
 
 
 class PathTable:
@@ -612,7 +617,7 @@ class StorePlan:
 
     @property
     def shard_images(self) -> int:
-        return images_a_shard(self.image_bytes)
+        return images_a_shard(self.image_bytes, len(self.paths))
 
     def job(self) -> dict[str, Any]:
         """The plan as the manifest's first keys, in JSON's own types."""
