@@ -34,6 +34,7 @@ COMMANDS = {
     "inspect": "show what a store's labels look like, and what thresholds would do",
     "train": "train a student on stored labels, or on hard labels without them",
     "eval": "top-1 and top-5 of trained weights, or of a teacher",
+    "verify": "show a store's teacher some of its crops again: does it say the same?",
     "demo": "the whole way on a small dataset, with a table and pictures",
 }
 
@@ -213,6 +214,27 @@ def evaluate(arguments: Sequence[str]) -> None:
         print(f"top-1 among the folders' own classes {accuracy.top1_folders:.2%}")
 
 
+def verify(arguments: Sequence[str]) -> None:
+    """Show the teacher a sample of a store's crops again and compare: photos, preprocessing, pixels, answers. Exit status 1 if it fails.
+
+    --integrity compares the hashes of the store's files and needs neither data nor teacher.
+
+    Example: ferkd verify labels --data photos --teacher timm:resnet50.a1_in1k
+    """
+    from ferkd.verify import VerifySettings
+    from ferkd.verify import verify as run_verification
+
+    settings, output = _parse(verify, VerifySettings, arguments)
+    verdict = run_verification(settings)
+    if output.json:
+        print(json.dumps(verdict.as_dict()))
+    else:
+        print(verdict.table())
+        print(f"{verdict.store}: {'PASS' if verdict.passed else 'FAIL'}")
+    if not verdict.passed:
+        raise CheckFailed(verdict.reasons())
+
+
 def demo(arguments: Sequence[str]) -> None:
     """Train a small teacher, label, inspect, and compare hard labels, FKD and FerKD; on digits, or on your photographs.
 
@@ -226,7 +248,14 @@ def demo(arguments: Sequence[str]) -> None:
         print(json.dumps(result))
 
 
-FUNCTIONS: dict[str, Callable[[Sequence[str]], None]] = {"label": label, "inspect": inspect, "train": train, "eval": evaluate, "demo": demo}
+FUNCTIONS: dict[str, Callable[[Sequence[str]], None]] = {
+    "label": label,
+    "inspect": inspect,
+    "train": train,
+    "eval": evaluate,
+    "verify": verify,
+    "demo": demo,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -87,3 +87,10 @@ def slow() -> tuple[nn.Module, dict]:
     """With FERKD_TEST_SHARDS the store has about so many."""
     ferkd.store.SHARDS = int(os.environ.get("FERKD_TEST_SHARDS", ferkd.store.SHARDS))
     return SlowGreyTeacher(), HALF
+
+
+def nine() -> tuple[nn.Module, dict]:
+    """A teacher with a class more."""
+    teacher = GreyTeacher()
+    teacher.levels = nn.Parameter(torch.cat([teacher.levels, torch.ones(1)]))
+    return teacher, {**HALF, "classes": [*(f"g{i}" for i in range(LEVELS)), "more"]}
