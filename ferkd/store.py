@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ferkd.crops import CropSettings, draw_crops
+from ferkd.crops import CropSettings, draw_crops, drawn_quickly, unpacked_quickly
 from ferkd.durable import JobLock, lock_token, naming_file, sync_folder, write_whole
 from ferkd.errors import InputError, StoreError
-from ferkd.records import BoxCodec, LabelCodec, Records, crop_bytes, label_words, top_probabilities, unpack_boxes, unpack_labels
+from ferkd.records import BoxCodec, LabelCodec, Records, crop_bytes, label_words, top_probabilities, unpack_labels
 from ferkd.shards import ROW, UNIT_IMAGES, ShardRows, ShardWriter, shard_file
 from ferkd.shards import LabelledImage as LabelledImage
 
@@ -42,6 +42,7 @@ SHARDS = 256
 _ROW_DTYPE = np.dtype([("target", "<u4"), ("width", "<u2"), ("height", "<u2"), ("photo_crc", "<u4"), ("crc", "<u4")])
 _INDEX_HEADER = struct.Struct("<8sIIQQ")  # magic, version, bytes a row, images, bytes of paths
 _INDEX_MAGIC = b"ferkdidx"
+_U4, _U8 = np.dtype("<u4"), np.dtype("<u8")
 _OPEN_SHARDS = 256
 _SCAN_CROPS = 1 << 16
 
@@ -278,8 +279,11 @@ class ImageLabels:
         if self.width == 0:
             raise StoreError(f"{self.path}: could not be read when the store was made, so it has no crops")
         if self.box_words is not None:
-            return unpack_boxes(self.box_words[crops])
+            return unpacked_quickly(self.box_words[crops])
         crops = np.asarray(crops)
+        drawn = drawn_quickly(self.crop_settings, self.image, crops, len(self.label_words), self.width, self.height)
+        if drawn is not None:
+            return drawn
         if len(crops) and not 0 <= int(crops.min()) <= int(crops.max()) < len(self.label_words):
             raise IndexError(f"crops {crops} of {len(self.label_words)}")
         return draw_crops(self.crop_settings, self.image, crops, self.width, self.height)
@@ -441,8 +445,8 @@ class LabelStore:
                 f"{self.path / shard_file(number)}: the labels of image {image} ({path.decode('utf-8', 'replace')}) do not have the CRC32 "
                 f"{expected:08x} that index.bin says: one of the two files was changed; {_REBUILD}"
             )
-        words = np.frombuffer(block, "<u4", offset=self._box_bytes).reshape(self.crops, self.label_width)
-        boxes = np.frombuffer(block, "<u8", self.crops) if self._box_bytes else None
+        words: npt.NDArray[np.uint32] = np.ndarray((self.crops, self.label_width), _U4, block, self._box_bytes)
+        boxes: npt.NDArray[np.uint64] | None = np.ndarray((self.crops,), _U8, block) if self._box_bytes else None
         text = path.decode("utf-8", "surrogateescape")
         return ImageLabels(image, text, target, width, height, photo_crc, words, boxes, self.crop_settings)
 

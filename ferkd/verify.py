@@ -102,9 +102,9 @@ class Verdict:
 
     def table(self) -> str:
         words = {True: "ok", False: "FAILED", None: "-"}
-        rows = [("check", "found", "wanted", ""), *((c.name, c.found, c.wanted, words[c.passed]) for c in self.checks)]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        return "\n".join("  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip() for row in rows)
+        rows = [("", "check", "found", "wanted"), *((words[c.passed], c.name, c.found, c.wanted) for c in self.checks)]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
     def as_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "measures": dict(self.measures), "verdict": "pass" if self.passed else "fail"}
