@@ -38,23 +38,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.machine import processor, seconds_of_others, version
 from ferkd.crops import CropSettings, decode, draw_crops, read_photo, take_crop
-from ferkd.data import (
-    CropStream,
-    CropView,
-    DecodedPhotos,
-    Phase,
-    PhotoFiles,
-    StoredCrops,
-    StreamSampler,
-    Visit,
-    loaded,
-    start_worker,
-    training_loader,
-)
+from ferkd.data import CropView, DecodedPhotos, PhotoFiles, StoredCrops, loaded, start_worker, training_loader
 from ferkd.folders import scan_split
+from ferkd.process import keep_freed_memory
 from ferkd.records import pack_boxes, pack_labels
 from ferkd.regions import RegionPolicy
 from ferkd.store import LabelledImage, LabelStore, StorePlan, StoreWriter
+from ferkd.stream import CropStream, Phase, StreamSampler, Visit
 
 CROPS, K, CLASSES, M, SIZE, BATCH = 200, 5, 1000, 4, 224, 64
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -402,6 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message="The given buffer is not writable")  # bytes are only read here
     packages = {name: version(name) for name in ("torch", "torchvision", "pillow", "simplejpeg", "torchcodec")}
     print(f"{processor()}, {os.cpu_count()} cores; " + ", ".join(f"{name} {found or 'absent'}" for name, found in packages.items()))
+    keep_freed_memory()  # as training and labelling do on a CPU
     others, started, cores = seconds_of_others(), time.perf_counter(), os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory() as name:
         loaders = make_loaders(options.data, Path(name) / "store")

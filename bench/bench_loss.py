@@ -277,7 +277,7 @@ def main() -> None:
     device = machine.device()
     if device.type == "cpu":
         try:  # it comes with what decodes photographs and loads weights, which a machine for kernels may lack
-            from ferkd.devices import keep_freed_memory
+            from ferkd.process import keep_freed_memory
         except ImportError as error:
             print(f"freed memory goes back to the system, and page faults are measured with the rest: {error}")
         else:

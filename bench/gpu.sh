@@ -6,13 +6,13 @@
 #   all    (default) what follows
 #   tests  the GPU tests, then compute-sanitizer's four tools over bench/sanitize_loss.py
 #   loss   bench/bench_loss.py and its picture
-#   step   bench/profile_step.py: a compiled ResNet-50 step
+#   step   bench/profile_step.py: a compiled ResNet-50 step; bench/bench_step.py: the loop's step beside the bare model's
 #   --dry  everything small and on the CPU: tries this script where there is no GPU
 #
 # PYTHON (default python3) is the interpreter whose torch is used. ferkd is built with it and installed in a virtual environment of its own,
 # build/gpu, which sees that interpreter's packages: nothing is installed outside this folder. WHEELS is a folder of wheels for what the
 # machine lacks (liger-kernel for the loss's table, setuptools >= 80 for the build, hypothesis for some tests). At most eight files are
-# written to ${OUT:-bench/results}: a log of each stage, the tables and the picture. A stage that fails or outlasts its time is reported
+# written to ${OUT:-bench/results}: logs, the tables and the picture. A stage that fails or outlasts its time is reported
 # and does not stop the others; the exit status is 1 then.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -48,7 +48,8 @@ fi
 REPORT=()
 FAILED=0
 
-# stage NAME SECONDS LINES COMMAND...: runs it within its time and what is left of all time, into OUT/NAME.log; shows the log's last LINES.
+# stage NAME SECONDS LINES COMMAND...: runs it within its time and what is left of all time, into OUT/NAME.log (or LOG's); shows the log's last
+# LINES.
 stage() {
     local name=$1 seconds=$2 lines=$3 left=$((LIMIT - SECONDS - 5)) started=$SECONDS status said
     shift 3
@@ -59,9 +60,9 @@ stage() {
         FAILED=1
         return
     fi
-    timeout --kill-after=3 "$seconds" bash -c "$@" >>"$OUT/$name.log" 2>&1
+    timeout --kill-after=3 "$seconds" bash -c "$@" >>"$OUT/${LOG:-$name}.log" 2>&1
     status=$?
-    tail -n "$lines" "$OUT/$name.log"
+    tail -n "$lines" "$OUT/${LOG:-$name}.log"
     case $status in
         0) said=ok ;;
         124 | 137) said="FAILED: stopped after its $seconds s" ;;
@@ -172,7 +173,7 @@ loss() {
 # ------------------------------------------------------------------------------------------------ the run
 
 export -f facts build run_tests sanitize loss
-for name in build tests sanitizer loss step; do rm -f "$OUT/$name.log"; done
+for name in build tests loss step; do rm -f "$OUT/$name.log"; done
 wants() { [ "$MODE" = all ] || [ "$MODE" = "$1" ]; }
 # Alone, a stage may take all the time; together they share it.
 most() { if [ "$MODE" = all ]; then echo "$1"; else echo "$LIMIT"; fi; }
@@ -181,12 +182,12 @@ stage build "$(most 150)" 12 build
 if wants tests; then
     if [ -n "$DRY" ]; then
         skip tests "no GPU"
-        stage sanitizer 60 3 '"$PYTHON_HERE" bench/sanitize_loss.py'
+        LOG=tests stage sanitizer 60 3 '"$PYTHON_HERE" bench/sanitize_loss.py'
     else
         stage tests "$(most 130)" 15 run_tests
         SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
         export SANITIZER
-        if [ -n "$SANITIZER" ]; then stage sanitizer "$(most 80)" 30 sanitize; else skip sanitizer "compute-sanitizer is not installed"; fi
+        if [ -n "$SANITIZER" ]; then LOG=tests stage sanitizer "$(most 80)" 30 sanitize; else skip sanitizer "compute-sanitizer is not installed"; fi
     fi
 fi
 if wants loss; then
@@ -199,8 +200,10 @@ fi
 if wants step; then
     if [ -n "$DRY" ]; then
         stage step 60 12 '"$PYTHON_HERE" bench/profile_step.py --model tiny --eager --batch 8 --size 32 --seconds 0.5'
+        LOG=step stage loop 60 4 '"$PYTHON_HERE" bench/bench_step.py --model tiny --batch 8 --size 32 --seconds 0.5'
     else
-        stage step "$(most 170)" 36 '"$PYTHON_HERE" bench/profile_step.py'
+        stage step "$(most 120)" 36 '"$PYTHON_HERE" bench/profile_step.py'
+        LOG=step stage loop "$(most 90)" 4 '"$PYTHON_HERE" bench/bench_step.py --model resnet50 --batch 256 --amp bf16 --seconds 10'
     fi
 fi
 

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from inspect import cleandoc
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -27,6 +27,9 @@ from ferkd.errors import CheckFailed, InputError, Stopped
 from ferkd.recipes import TrainConfig, recipe
 from ferkd.regions import RegionPolicy
 
+if TYPE_CHECKING:
+    from ferkd.store import LabelStore
+
 Settings = TypeVar("Settings")
 
 COMMANDS = {
@@ -35,6 +38,10 @@ COMMANDS = {
     "train": "train a student on stored labels, or on hard labels without them",
     "eval": "top-1 and top-5 of trained weights, or of a teacher",
     "verify": "show a store's teacher some of its crops again: does it say the same?",
+    "plan": "what labelling would cost: bytes, the teacher's passes, hours",
+    "convert": "turn label files of FKD or ml-dr into a store",
+    "export": "write a store as files that FKD's training script reads",
+    "merge": "average stores over the same crops",
     "demo": "the whole way on a small dataset, with a table and pictures",
 }
 
@@ -116,6 +123,15 @@ class TrainSettings:
     """The label store; without it the student learns from hard labels."""
     recipe: str = "default"
     """Named settings that the other flags change."""
+    teacher: str | None = None
+    """Instead of labels, a teacher that answers for every crop while the student trains: timm:NAME, torchvision:NAME, run:DIR or
+    python:MODULE:CALLABLE. Much slower; to compare with."""
+    teacher_weights: Path | None = None
+    """Local weights for --teacher."""
+    teacher_input_size: int | None = None
+    """Pixels, square, at which --teacher looks. Default: its own."""
+    skip_preflight: bool = False
+    """Train even if the --teacher's answers look wrong."""
     pretrained: bool = False
     """Start from the library's pretrained weights."""
     init: Path | None = None
@@ -128,33 +144,25 @@ class TrainSettings:
 
 
 def train(arguments: Sequence[str]) -> None:
-    """Train a student. Without --labels on hard labels (softened by --smoothing); with them FKD; with thresholds FerKD.
+    """Train a student. Without --labels on hard labels (softened by --smoothing); with them FKD; with thresholds FerKD. --teacher asks
+    a teacher at every step instead.
 
     SIGTERM or Ctrl-C saves and stops with exit status 75; the same command with --resume goes on.
 
-    --recipe NAME (default, small_images, fkd_resnet50, fkd_vit, ferkd_resnet50) gives the settings that the other flags then change.
+    --recipe NAME gives the settings that the other flags then change: default, small_images, fkd_resnet50, fkd_vit, ferkd_resnet50,
+    ferkd_vit.
 
     Example: ferkd train --data photos --labels labels --student resnet18 --out runs/ferkd --discard-below 0.1 --calibrate-below 0.3
     """
-    from ferkd.train import Job
+    from ferkd.task import Job
     from ferkd.train import train as run_training
 
     name = _flag_value(arguments, "--recipe") or "default"
     chosen = TrainSettings(tyro.MISSING, tyro.MISSING, tyro.MISSING, recipe=name, config=recipe(name))
-    settings, output = _parse(train, TrainSettings, _with_value(arguments, "--resume", "auto"), default=chosen)
-    summary = run_training(
-        Job(
-            settings.data,
-            settings.student,
-            settings.out,
-            settings.config,
-            settings.labels,
-            settings.pretrained,
-            settings.init,
-            settings.resume,
-            settings.loggers,
-        )
-    )
+    arguments = _with_value(_with_value(arguments, "--resume", "auto"), "--compile", "default")
+    settings, output = _parse(train, TrainSettings, arguments, default=chosen)
+    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings) if field.name != "recipe"}
+    summary = run_training(Job(**fields))
     if output.json:
         print(json.dumps(summary))
     else:
@@ -210,7 +218,8 @@ def evaluate(arguments: Sequence[str]) -> None:
     if output.json:
         print(json.dumps(accuracy._asdict()))
     else:
-        print(f"{accuracy.images:,} images   top-1 {accuracy.top1:.2%}   top-5 {accuracy.top5:.2%}")
+        left_out = f"   {accuracy.unreadable:,} could not be read" if accuracy.unreadable else ""
+        print(f"{accuracy.images:,} images{left_out}   top-1 {accuracy.top1:.2%}   top-5 {accuracy.top5:.2%}")
         print(f"top-1 among the folders' own classes {accuracy.top1_folders:.2%}")
 
 
@@ -235,6 +244,97 @@ def verify(arguments: Sequence[str]) -> None:
         raise CheckFailed(verdict.reasons())
 
 
+def plan(arguments: Sequence[str]) -> None:
+    """Say what labelling would cost before anything is spent.
+
+    Example: ferkd plan --images 1281167 --crops 200 --topk 5 --classes 1000 --rate 3000 --devices 8
+    """
+    from ferkd.plan import PlanSettings, plan_json, plan_table
+    from ferkd.plan import plan as make_plan
+
+    settings, output = _parse(plan, PlanSettings, arguments)
+    found = make_plan(settings)
+    print(json.dumps(plan_json(settings, found)) if output.json else plan_table(settings, found))
+
+
+def convert(arguments: Sequence[str]) -> None:
+    """Turn other people's label files into a store. Nothing in them is ever run.
+
+    `ferkd convert fkd --help`, `ferkd convert ml-dr --help`
+
+    Example: ferkd convert fkd FKD_soft_label_500_crops/imagenet labels --data imagenet
+    """
+    _choose(convert, {"fkd": convert_fkd, "ml-dr": convert_mldr}, arguments)
+
+
+def convert_fkd(arguments: Sequence[str]) -> None:
+    """Turn FKD's files (train/CLASS/IMAGE.tar) into a store. Boxes become those that FKD's training script cuts, to the pixel.
+
+    May be stopped at any moment and started again.
+
+    Example: ferkd convert fkd FKD_soft_label_500_crops/imagenet labels --data imagenet
+    """
+    from ferkd.filling import to_stderr
+    from ferkd.interop.fkd import FkdSettings
+    from ferkd.interop.fkd import convert_fkd as run
+
+    settings, output = _parse(convert_fkd, FkdSettings, arguments, name="convert fkd")
+    _print_store(run(settings, to_stderr), output)
+
+
+def convert_mldr(arguments: Sequence[str]) -> None:
+    """Turn a reinforced dataset of apple/ml-dr (INDEX.pth.tar) whose augmentation is crop and flip into a store.
+
+    May be stopped at any moment and started again.
+
+    Example: ferkd convert ml-dr imagenet_plus_rrc labels --data imagenet
+    """
+    from ferkd.filling import to_stderr
+    from ferkd.interop.mldr import MlDrSettings
+    from ferkd.interop.mldr import convert_mldr as run
+
+    settings, output = _parse(convert_mldr, MlDrSettings, arguments, name="convert ml-dr")
+    _print_store(run(settings, to_stderr), output)
+
+
+def export(arguments: Sequence[str]) -> None:
+    """Write a store as other people's label files.
+
+    `ferkd export fkd --help`
+
+    Example: ferkd export fkd labels fkd-labels --discard-below 0.1 --calibrate-below 0.3
+    """
+    _choose(export, {"fkd": export_fkd}, arguments)
+
+
+def export_fkd(arguments: Sequence[str]) -> None:
+    """Write files that FKD's own training script reads. A policy's discarded crops are left out, calibrated ones softened.
+
+    Example: ferkd export fkd labels fkd-labels --discard-below 0.1 --calibrate-below 0.3 --data photos
+    """
+    from ferkd.filling import to_stderr
+    from ferkd.interop.fkd_export import ExportSettings
+    from ferkd.interop.fkd_export import export_fkd as run
+
+    settings, output = _parse(export_fkd, ExportSettings, arguments, name="export fkd")
+    exported = run(settings, to_stderr)
+    if output.json:
+        print(json.dumps({"out": str(settings.out), **exported.as_dict()}))
+
+
+def merge(arguments: Sequence[str]) -> None:
+    """Average stores over the same crops: an ensemble of teachers. `ferkd label --like STORE` makes a second store for it.
+
+    Example: ferkd merge labels-a labels-b labels-both
+    """
+    from ferkd.filling import to_stderr
+    from ferkd.merge import MergeSettings
+    from ferkd.merge import merge as run
+
+    settings, output = _parse(merge, MergeSettings, arguments)
+    _print_store(run(settings, to_stderr), output)
+
+
 def demo(arguments: Sequence[str]) -> None:
     """Train a small teacher, label, inspect, and compare hard labels, FKD and FerKD; on digits, or on your photographs.
 
@@ -254,6 +354,10 @@ FUNCTIONS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "eval": evaluate,
     "verify": verify,
+    "plan": plan,
+    "convert": convert,
+    "export": export,
+    "merge": merge,
     "demo": demo,
 }
 
@@ -321,6 +425,24 @@ def _parse(
             raise
         raise InputError(_unboxed(box.getvalue())) from None
     return parsed
+
+
+def _choose(command: Callable[..., Any], formats: dict[str, Callable[[Sequence[str]], None]], arguments: Sequence[str]) -> None:
+    """Runs the function of the format named first."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"usage: ferkd {command.__name__} {{{','.join(formats)}}} ...\n\n{cleandoc(command.__doc__ or '')}")
+    elif not arguments or arguments[0] not in formats:
+        raise InputError(f"{arguments[0] if arguments else 'no format'!r}: name the format first: {', '.join(formats)}")
+    else:
+        formats[arguments[0]](arguments[1:])
+
+
+def _print_store(store: LabelStore, output: Output) -> None:
+    """A new store as JSON, if that was asked for; people were told on the way."""
+    if output.json:
+        failed = len(store.manifest.failed)
+        summary = {"images": len(store), "crops": len(store) * store.crops, "classes": store.classes, "k": store.k, "failed": failed}
+        print(json.dumps({"store": str(store.path), **summary}))
 
 
 def _unboxed(text: str) -> str:

@@ -1,9 +1,6 @@
-"""From stored labels to batches: which image and which of its crops at every step, and the pixels and label words of those crops.
+"""From stored labels to batches: the pixels and label words of the crops that a step's visits name (see stream.py).
 
-The order of training is one endless stream, a pure function of (seed, step): a pass visits every usable image once in an order keyed by
-(seed, pass), and a visit takes the next crops of a walk over the image's surviving crops, in an order keyed by (seed, image). So the
-stream's whole state is the step number, whatever the number of loader workers or processes. An image is decoded once a visit, and only
-the crops it needs are cut; discarded crops are never touched.
+An image is decoded once a visit, and only the crops it needs are cut; discarded crops are never touched.
 """
 
 from __future__ import annotations
@@ -21,200 +18,46 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from ferkd.crops import CropSettings, Interpolation, center_view, decode, draw_crops, read_photo, take_crop
 from ferkd.errors import InputError, StoreError
 from ferkd.folders import Split
 from ferkd.regions import Region, RegionPolicy, confidence_of, region_of
 from ferkd.store import ImageLabels, LabelStore
-
-# ---------------------------------------------------------------------------------------------------------------- keyed orders
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def keyed_hash(*words: int | np.ndarray) -> npt.NDArray[np.uint64]:
-    """64 well-mixed bits for each tuple of non-negative integers (arrays broadcast): splitmix64's finaliser over each word in turn."""
-    state: npt.NDArray[np.uint64] = np.zeros(1, np.uint64)
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
-        for word in words:
-            state = (state ^ np.asarray(word, np.uint64)) + _GOLDEN
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = state ^ (state >> np.uint64(31))
-    return state
-
-
-def permuted(positions: np.ndarray, size: int, *key: int, inverse: bool = False) -> np.ndarray:
-    """The entries at `positions` of a permutation of range(size) named by `key`; with `inverse`, the positions of entries.
-
-    A four-round Feistel network on the smallest even number of bits, walked until the value is inside the range: no memory and no
-    start-up cost, so that a pass over 14 million images begins as fast as one over 14.
-    """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
-    rounds = range(3, -1, -1) if inverse else range(4)
-
-    def network(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        left, right = value >> shift, value & mask
-        for r in rounds:
-            if inverse:
-                left, right = right ^ (keyed_hash(*key, r, left) & mask), left
-            else:
-                left, right = right, left ^ (keyed_hash(*key, r, right) & mask)
-        joined: npt.NDArray[np.uint64] = (left << shift) | right
-        return joined
-
-    values = network(np.asarray(positions, np.uint64))
-    while (outside := values >= size).any():
-        values[outside] = network(values[outside])
-    return values.astype(np.int64)
-
-
-def crop_order(size: int, seed: int, image: int) -> np.ndarray:
-    """The order, int64 [size], in which an image's surviving crops are walked."""
-    return np.argsort(keyed_hash(seed, image, np.arange(size)), kind="stable")
-
-
-# ------------------------------------------------------------------------------------------------------------------- the stream
-
-
-class Phase(NamedTuple):
-    """A stretch of training that takes the same number of crops from every image it visits."""
-
-    crops_per_image: int
-    steps: int
-
-
-class Visit(NamedTuple):
-    """One image slot of a step: image `image` (an index into the usable images) shows crops walk, walk + 1, ... of its walk."""
-
-    image: int
-    walk: int
-    crops: int
-
-
-def plan_phases(images: int, batch_size: int, epochs: float, crops_per_image: int, single_first: float, single_last: float) -> list[Phase]:
-    """Split `epochs` (one epoch = `images` crops, FKD's counting) into phases of one and of `crops_per_image` crops an image.
-
-    The first `single_first` and the last `single_last` epochs take one crop an image, as FKD does for ViT's warm-up and at the end.
-    """
-    total = max(1, round(epochs * images / batch_size))
-    if crops_per_image == 1:
-        return [Phase(1, total)]
-    last = min(total, round(single_last * images / batch_size))
-    first = min(total - last, round(single_first * images / batch_size))
-    phases = [Phase(1, first), Phase(crops_per_image, total - first - last), Phase(1, last)]
-    return [phase for phase in phases if phase.steps] or [Phase(1, total)]
-
-
-class CropStream:
-    """Which images, and where on their walks, every step shows: a pure function of the step.
-
-    `images` usable images, `batch_size` crops a step over all processes. Steps beyond the last phase go on as in that phase.
-    Raises InputError when the batch is not a multiple of a phase's crops an image.
-    """
-
-    def __init__(self, images: int, batch_size: int, phases: Sequence[Phase], seed: int) -> None:
-        if images < 1:
-            raise InputError("no usable image: the policy discards every crop of every image; lower discard_below or raise discard_above")
-        for phase in phases:
-            if batch_size % phase.crops_per_image:
-                raise InputError(
-                    f"batch_size: {batch_size} crops are no multiple of {phase.crops_per_image} crops an image; "
-                    "make it one (FKD: 1024 = 256 x 4)"
-                )
-        self.images, self.batch_size, self.phases, self.seed = images, batch_size, list(phases), seed
-        self.total_steps = sum(phase.steps for phase in phases)
-
-    def phase_at(self, step: int) -> tuple[int, int]:
-        """The number of the phase that `step` belongs to, and how many steps of it came before."""
-        for number, phase in enumerate(self.phases[:-1]):
-            if step < phase.steps:
-                return number, step
-            step -= phase.steps
-        return len(self.phases) - 1, step
-
-    def crops_per_image(self, step: int) -> int:
-        return self.phases[self.phase_at(step)[0]].crops_per_image
-
-    def first_slot(self, step: int) -> int:
-        """The global number of the step's first image slot, counted from the start of training."""
-        number, within = self.phase_at(step)
-        earlier = sum(phase.steps * (self.batch_size // phase.crops_per_image) for phase in self.phases[:number])
-        return earlier + within * (self.batch_size // self.phases[number].crops_per_image)
-
-    def visits(self, step: int) -> list[Visit]:
-        """The step's image slots in order, batch_size / crops_per_image of them."""
-        number, within = self.phase_at(step)
-        crops = self.phases[number].crops_per_image
-        slots_a_step = self.batch_size // crops
-        slots = within * slots_a_step + np.arange(slots_a_step)
-        first_pass = sum(self._passes(phase) for phase in self.phases[:number])  # every phase begins a pass of its own
-        passes, positions = first_pass + slots // self.images, slots % self.images
-        images = np.empty(slots_a_step, np.int64)
-        for a_pass in np.unique(passes):
-            in_pass = passes == a_pass
-            images[in_pass] = permuted(positions[in_pass], self.images, self.seed, int(a_pass))
-        walk = self._walked_before(number, images) + (passes - first_pass) * crops
-        return [Visit(int(image), int(start), crops) for image, start in zip(images, walk, strict=True)]
-
-    def _passes(self, phase: Phase) -> int:
-        """How many passes, the last perhaps broken off, a phase begins."""
-        return -(-phase.steps * (self.batch_size // phase.crops_per_image) // self.images)
-
-    def _walked_before(self, number: int, images: np.ndarray) -> np.ndarray:
-        """How many crops of each image the phases before `number` took. A broken-off pass took crops of its first images only."""
-        walked = np.zeros(len(images), np.int64)
-        first_pass = 0
-        for phase in self.phases[:number]:
-            whole, rest = divmod(phase.steps * (self.batch_size // phase.crops_per_image), self.images)
-            walked += whole * phase.crops_per_image
-            if rest:
-                position = permuted(images, self.images, self.seed, first_pass + whole, inverse=True)
-                walked += np.where(position < rest, phase.crops_per_image, 0)
-            first_pass += self._passes(phase)
-        return walked
-
-
-class StreamSampler(Sampler[list[Visit]]):
-    """Yields one process's share of each step's visits from `first_step` on, without end. All crops of an image stay on one rank."""
-
-    def __init__(self, stream: CropStream, first_step: int, last_step: int, rank: int = 0, world: int = 1) -> None:
-        for phase in stream.phases:
-            slots = stream.batch_size // phase.crops_per_image
-            if slots % world:
-                raise InputError(f"batch_size: {slots} images a step cannot be shared evenly by {world} processes; choose a multiple")
-        self.stream, self.first_step, self.last_step, self.rank, self.world = stream, first_step, last_step, rank, world
-
-    def __iter__(self) -> Iterator[list[Visit]]:
-        for step in range(self.first_step, self.last_step):
-            visits = self.stream.visits(step)
-            share = len(visits) // self.world
-            yield visits[self.rank * share : (self.rank + 1) * share]
-
-    def __len__(self) -> int:
-        return self.last_step - self.first_step
-
+from ferkd.stream import StreamSampler, Visit, crop_order
 
 # ------------------------------------------------------------------------------------------------------------------- the pixels
 
 
 class ImageCrops(NamedTuple):
-    """What one visit brings: pixels uint8 [m, 3, S, S]; label words int32 [m, W], None without labels; the ground truth's class id."""
+    """What one visit brings: pixels uint8 [m, 3, S, S]; label words int32 [m, W], None without labels; the ground truth's class id.
+
+    `teacher_pixels`: the same crops as an online teacher is to see them, where that is not as the student does. `unreadable`: what is wrong
+    with the photographs that should have been shown instead.
+    """
 
     pixels: Tensor
     words: Tensor | None
     target: int
+    teacher_pixels: Tensor | None = None
+    unreadable: tuple[str, ...] = ()
 
 
 class CropBatch(NamedTuple):
-    """One step's rows, image-major: pixels uint8 [B, 3, S, S], label words int32 [B, W] or None, target int64 [B]."""
+    """One step's rows, image-major: pixels uint8 [B, 3, S, S], label words int32 [B, W] or None, target int64 [B]; `teacher_pixels` and
+    `unreadable` as in ImageCrops."""
 
     pixels: Tensor
     words: Tensor | None
     target: Tensor
+    teacher_pixels: Tensor | None = None
+    unreadable: tuple[str, ...] = ()
+
+    def rows(self, rows: slice) -> CropBatch:
+        """Some of the rows."""
+        words, teacher_pixels = (None if field is None else field[rows] for field in (self.words, self.teacher_pixels))
+        return CropBatch(self.pixels[rows], words, self.target[rows], teacher_pixels)
 
 
 class PhotoSource(Protocol):
@@ -268,16 +111,26 @@ def free_shared_memory() -> int:
 class DecodedPhotos:
     """All photographs decoded once into one shared block of memory, for `--cache decoded`.
 
-    Raises InputError when they would fill more than half of the memory that is free, or more than there is of shared memory.
+    Raises InputError when they would fill more than half of the memory that is free, or more than there is of shared memory. One that
+    cannot be read raises its error when it is asked for.
     """
 
     def __init__(self, source: PhotoSource, images: Sequence[int] | np.ndarray, threads: int) -> None:
+        self.errors: dict[int, InputError] = {}
+
+        def decoded(image: int) -> Tensor:
+            try:
+                return source(image)
+            except InputError as error:
+                self.errors[image] = error
+                return torch.empty(3, 0, 0, dtype=torch.uint8)
+
         free, shared = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), free_shared_memory()
         self.slot = {int(image): slot for slot, image in enumerate(images)}
         photos: list[Tensor] = []
         size = 0
         with ThreadPoolExecutor(threads) as pool:
-            for photo in pool.map(source, (int(image) for image in images)):
+            for photo in pool.map(decoded, (int(image) for image in images)):
                 size += photo.numel()
                 photos.append(photo)
                 if size > free // 2:
@@ -304,6 +157,8 @@ class DecodedPhotos:
             self.block[start:end] = photo.permute(1, 2, 0).reshape(-1)
 
     def __call__(self, image: int) -> Tensor:
+        if image in self.errors:
+            raise self.errors[image]
         slot = self.slot[image]
         height, width = self.shapes[slot]
         photo: Tensor = self.block[self.ends[slot] : self.ends[slot + 1]].view(height, width, 3)
@@ -368,21 +223,46 @@ class StoredCrops(Dataset[ImageCrops]):
         return walk
 
 
-class FreshCrops(Dataset[ImageCrops]):
-    """Crops drawn anew at every visit, for training without labels: crop number `walk` of image i is drawn from (seed, i, walk)."""
+MOST_UNREADABLE = 100
+"""Photographs in a row that may be passed over before the folder itself is doubted."""
 
-    def __init__(self, photos: PhotoSource, targets: np.ndarray, settings: CropSettings, view: CropView) -> None:
+
+class FreshCrops(Dataset[ImageCrops]):
+    """Crops drawn anew at every visit, for training without labels: crop number `walk` of image i is drawn from (seed, i, walk).
+
+    `teacher_view`: how an online teacher sees them, where that differs from the student's view. In the place of a photograph that cannot
+    be read the next one that can is shown, which depends on nothing but the folder.
+    """
+
+    def __init__(
+        self, photos: PhotoSource, targets: np.ndarray, settings: CropSettings, view: CropView, teacher_view: CropView | None = None
+    ) -> None:
         self.photos, self.targets, self.settings, self.view = photos, targets, settings, view
+        self.teacher_view = None if teacher_view == view else teacher_view
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, visit: Visit) -> ImageCrops:
-        photo = self.photos(visit.image)
+        image, unreadable = visit.image, []
+        while True:
+            try:
+                photo = self.photos(image)
+                break
+            except StoreError:
+                raise
+            except InputError as error:
+                unreadable.append(str(error))
+                if len(unreadable) == min(MOST_UNREADABLE, len(self)):
+                    raise InputError(
+                        f"{len(unreadable)} photographs one after the other cannot be read, the first: {unreadable[0]}"
+                    ) from error
+                image = (image + 1) % len(self)
         numbers = visit.walk + np.arange(visit.crops)
-        boxes, flips = draw_crops(self.settings, visit.image, numbers, photo.shape[2], photo.shape[1])
+        boxes, flips = draw_crops(self.settings, image, numbers, photo.shape[2], photo.shape[1])
         pixels = cut_crops(photo, boxes, flips, self.view)
-        return ImageCrops(pixels, None, int(self.targets[visit.image]))
+        teacher_pixels = None if self.teacher_view is None else cut_crops(photo, boxes, flips, self.teacher_view)
+        return ImageCrops(pixels, None, int(self.targets[image]), teacher_pixels, tuple(unreadable))
 
 
 def surviving_crops(store: LabelStore, labels: ImageLabels, policy: RegionPolicy) -> np.ndarray:
@@ -406,18 +286,30 @@ def gather(dataset: Dataset[ImageCrops], visits: Sequence[Visit]) -> CropBatch:
 
     Raises InputError for a photograph that cannot be shown, and where shared memory has run out.
     """
-    pixels, words, targets, row = torch.empty(0), [], [], 0
+    rows = sum(visit.crops for visit in visits)
+    pixels, teacher_pixels, words, targets, row = None, None, [], [], 0
+    unreadable: list[str] = []
     for visit in visits:
         item = dataset[visit]
-        if row == 0:
-            size = item.pixels.shape[-1]
-            pixels = pixel_rows(_batch_memory(sum(visit.crops for visit in visits) * size**2 * 3), size)
         # Copied at once, while a crop is still in the processor's cache; its own memory then serves the next one.
-        pixels[row : row + visit.crops] = item.pixels
+        pixels = _put(item.pixels, row, pixels, rows)
+        if item.teacher_pixels is not None:
+            teacher_pixels = _put(item.teacher_pixels, row, teacher_pixels, rows)
         words += [] if item.words is None else [item.words]
         targets += [item.target] * visit.crops
+        unreadable += item.unreadable
         row += visit.crops
-    return CropBatch(pixels, torch.cat(words) if words else None, torch.tensor(targets))
+    assert pixels is not None
+    return CropBatch(pixels, torch.cat(words) if words else None, torch.tensor(targets), teacher_pixels, tuple(unreadable))
+
+
+def _put(crops: Tensor, row: int, batch: Tensor | None, rows: int) -> Tensor:
+    """The batch of `rows` crops, made with the first of them, with `crops` put in from `row` on."""
+    if batch is None:
+        size = crops.shape[-1]
+        batch = pixel_rows(_batch_memory(rows * size**2 * 3), size)
+    batch[row : row + len(crops)] = crops
+    return batch
 
 
 def _batch_memory(size: int) -> Tensor:
@@ -437,8 +329,12 @@ def _full(batch: int) -> str:
     )
 
 
+UNREADABLE = -1
+
+
 class CenterViews(Dataset[tuple[Tensor, int, int]]):
-    """The evaluation view of every photograph of a split: pixels uint8 [3, S, S], class id, and the photograph's number."""
+    """The evaluation view of every photograph of a split: pixels uint8 [3, S, S], class id, and the photograph's number. One that cannot be
+    read has the class id UNREADABLE."""
 
     def __init__(self, split: Split, class_of_folder: np.ndarray, size: int, crop_pct: float, interpolation: Interpolation) -> None:
         self.photos = FolderPhotos(split)
@@ -449,7 +345,15 @@ class CenterViews(Dataset[tuple[Tensor, int, int]]):
         return len(self.targets)
 
     def __getitem__(self, image: int) -> tuple[Tensor, int, int]:
-        return center_view(self.photos(image), self.size, self.crop_pct, self.interpolation), int(self.targets[image]), image
+        try:
+            photo = self.photos(image)
+        except InputError:
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), UNREADABLE, image
+        return center_view(photo, self.size, self.crop_pct, self.interpolation), int(self.targets[image]), image
+
+    def name(self, image: int) -> str:
+        """The photograph's path."""
+        return str(self.photos.split.root / self.photos.split.paths[image])
 
 
 class _ErrorsAsValues(Dataset[Any]):
@@ -513,14 +417,16 @@ def training_loader(dataset: Dataset[ImageCrops], sampler: StreamSampler, worker
 
     Raises InputError where the workers' batches would not fit into shared memory.
     """
-    size = dataset.view.size if isinstance(dataset, StoredCrops | FreshCrops) else 0
+    sizes = [dataset.view.size] if isinstance(dataset, StoredCrops | FreshCrops) else []
+    if isinstance(dataset, FreshCrops) and dataset.teacher_view is not None:
+        sizes.append(dataset.teacher_view.size)
     return DataLoader(
         _Batches(dataset),
         batch_sampler=sampler,
         collate_fn=_as_it_is,
         num_workers=workers,
         pin_memory=pin_memory,
-        prefetch_factor=batches_ahead(workers, sampler.stream.batch_size // sampler.world, size),
+        prefetch_factor=batches_ahead(workers, sampler.stream.batch_size // sampler.world, *sizes),
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # else starting the loader would draw from the global one, which a resumed run must find untouched
     )
@@ -533,7 +439,7 @@ def evaluation_loader(views: Dataset[Any], batch_size: int, workers: int) -> Dat
         batch_size=batch_size,
         collate_fn=_FirstError(default_collate),
         num_workers=workers,
-        prefetch_factor=batches_ahead(workers, batch_size, views.size if isinstance(views, CenterViews) else 0),
+        prefetch_factor=batches_ahead(workers, batch_size, *([views.size] if isinstance(views, CenterViews) else [])),
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # evaluating must not draw from the global one, whose state belongs to training
     )
@@ -542,15 +448,16 @@ def evaluation_loader(views: Dataset[Any], batch_size: int, workers: int) -> Dat
 MOST_BATCHES_AHEAD = 4
 
 
-def batches_ahead(workers: int, rows: int, size: int) -> int | None:
-    """How many batches, `rows` pictures of `size` pixels square, each loader process may be ahead, so that shared memory holds them all.
+def batches_ahead(workers: int, rows: int, *sizes: int) -> int | None:
+    """How many batches, `rows` pictures of each of `sizes` pixels square, each loader process may be ahead, so that shared memory holds
+    them all.
 
     Found out beforehand, because where shared memory is full the thread that sends a batch dies of it, and training would wait for ever.
     Raises InputError when not even one batch for each loader fits.
     """
     if workers == 0:
         return None
-    batch = rows * size * size * 3
+    batch = rows * sum(size * size * 3 for size in sizes)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's, on this machine: each has loaders of its own
     free = free_shared_memory()
     for ahead in range(MOST_BATCHES_AHEAD, 0, -1):

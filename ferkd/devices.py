@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
 import platform
 from collections.abc import Iterator
 
@@ -61,16 +59,3 @@ def repeatable(tf32: bool) -> Iterator[None]:
             yield
         finally:
             backends.cuda.matmul.allow_tf32 = before
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep the teacher's activations for the next batch instead of returning them to the system and faulting them in anew.
-
-    A convolutional teacher on a CPU spends most of its time on page faults otherwise. It holds for the whole process.
-    """
-    if platform.system() != "Linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
-        return
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep what is free at the top

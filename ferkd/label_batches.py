@@ -19,6 +19,7 @@ from torch import Tensor
 from ferkd.crops import draw_crops, read_photo, take_crop
 from ferkd.errors import InputError
 from ferkd.label_plan import AUTOCAST_DTYPE, Job
+from ferkd.like import check_photo
 from ferkd.records import pack_boxes, pack_labels
 from ferkd.shards import LabelledImage
 from ferkd.teacher import answer_logits
@@ -41,9 +42,10 @@ def _cut_photo(job: Job, image: int) -> _CutPhoto:
     """Reads and decodes photo number `image` once and cuts all of its crops."""
     path = job.plan.paths[image]
     try:
-        photo, crc = read_photo(job.train.root / path, name=path)
+        photo, crc = read_photo(job.train.root / path, apply_exif=job.like is None or job.like.exif_applied, name=path)
         height, width = photo.shape[1:]
-        boxes, flips = draw_crops(job.plan.crop_settings, image, np.arange(job.plan.crops), width, height)
+        if job.like is None:
+            boxes, flips = draw_crops(job.plan.crop_settings, image, np.arange(job.plan.crops), width, height)
     except InputError as error:
         folder = (job.train.root / path).parent
         if not folder.is_dir():  # a disk that went away must not end as a store of failures
@@ -51,6 +53,11 @@ def _cut_photo(job: Job, image: int) -> _CutPhoto:
                 f"{folder}: is no longer there; bring it back and start the same command again: what is labelled so far is kept"
             ) from error
         return _CutPhoto(None, None, 0, 0, 0, str(error).removeprefix(f"{path}: "))
+    if job.like is not None:
+        if not job.like.entry(image).width:
+            return _CutPhoto(None, None, 0, 0, 0, job.like.manifest.failed.get(path, "has no crops in the other store"))
+        check_photo(job.like, image, crc, job.train.root / path)
+        boxes, flips = job.like.read(image).boxes(np.arange(job.plan.crops))
     size, interpolation = job.teacher.preprocessing.input_size, job.teacher.preprocessing.interpolation
     pixels = torch.empty(job.plan.crops, size, size, 3, dtype=torch.uint8)
     channels_first = pixels.permute(0, 3, 1, 2)

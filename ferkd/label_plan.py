@@ -10,14 +10,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ferkd.crops import DECODER, RESAMPLER, CropSettings
-from ferkd.devices import choose_device, device_name, keep_freed_memory
+from ferkd.devices import choose_device, device_name
 from ferkd.errors import InputError
+from ferkd.filling import evenly
 from ferkd.folders import Split, check_same_classes, scan_split
+from ferkd.like import images_of, same_classes
+from ferkd.process import keep_freed_memory
 from ferkd.records import BoxCodec, LabelCodec
-from ferkd.store import PathTable, StorePlan
+from ferkd.store import LabelStore, PathTable, StorePlan
 from ferkd.teacher import LoadedModel, TeacherClasses, choose_classes, load_teacher
 
 Layout = Literal["exact", "compact"]
@@ -76,6 +78,8 @@ class LabelSettings:
     """Run the teacher in bf16 or fp16 where PyTorch deems it safe; recorded in the store."""
     tf32: bool = False
     """Let a GPU round the factors of float32 products to TF32: faster, and recorded in the store."""
+    like: Path | None = None
+    """Label the very crops of this store, so that ferkd merge can average the two; it decides images, crops and boxes."""
 
     def __post_init__(self) -> None:
         for name in ("crops", "topk", "limit", "batch_size", "input_size"):
@@ -88,6 +92,10 @@ class LabelSettings:
             raise InputError(f"layout: {self.layout!r} is unknown; choose 'exact' or 'compact'")
         if self.autocast not in AUTOCAST_DTYPE:
             raise InputError(f"autocast: {self.autocast!r} is unknown; choose 'none', 'bf16' or 'fp16'")
+        if self.like is not None:
+            for field in dataclasses.fields(self):
+                if field.name in ("crops", "limit", "seed", "scale", "ratio", "flip") and getattr(self, field.name) != field.default:
+                    raise InputError(f"{field.name}: --like {self.like} decides it; leave it out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +110,7 @@ class Job:
     plan: StorePlan
     device: torch.device
     threads: int
+    like: LabelStore | None = None
 
 
 def plan_job(settings: LabelSettings, local_rank: int = 0, local_world: int = 1) -> Job:
@@ -109,7 +118,8 @@ def plan_job(settings: LabelSettings, local_rank: int = 0, local_world: int = 1)
 
     `local_rank` of `local_world`: which of this machine's processes this is.
     """
-    crop_settings = CropSettings(settings.seed, settings.scale, settings.ratio, settings.flip)
+    like = None if settings.like is None else LabelStore(settings.like)
+    crop_settings = like.crop_settings if like else CropSettings(settings.seed, settings.scale, settings.ratio, settings.flip)
     train = scan_split(settings.data, "train")
     val = scan_split(settings.data, "val") if (settings.data / "val").is_dir() else None
     if val is not None:
@@ -121,18 +131,24 @@ def plan_job(settings: LabelSettings, local_rank: int = 0, local_world: int = 1)
         keep_freed_memory()
     teacher = load_teacher(settings.teacher, settings.teacher_weights, settings.input_size)
     classes = choose_classes(settings.classes, train.folders, teacher)
+    if like:
+        classes = same_classes(like, classes, train.folders)
     topk = min(5, len(classes.names)) if settings.topk is None else settings.topk
     if topk > len(classes.names):
         raise InputError(f"topk: {topk}, but there are only {len(classes.names):,} classes; choose at most that many")
     teacher.model.to(device)
 
-    chosen = np.arange(len(train)) if settings.limit is None else evenly(len(train), settings.limit)
+    chosen = images_of(like, train) if like else np.arange(len(train)) if settings.limit is None else evenly(len(train), settings.limit)
     paths = train.paths if len(chosen) == len(train) else PathTable.from_paths(train.paths[int(i)] for i in chosen)
     box_codec, label_codec = CODECS[settings.layout]
+    provenance = _provenance(settings, train, teacher, device)
+    if like:
+        box_codec = like.box_codec
+        provenance |= {"decoder": {**DECODER, "apply_exif": like.exif_applied}, "like": like.manifest_sha256}
     plan = StorePlan(
         paths=paths,
         targets=classes.class_of_folder[train.folder_of[chosen]],
-        crops=settings.crops,
+        crops=like.crops if like else settings.crops,
         k=topk,
         class_names=classes.names,
         folders={folder: int(i) for folder, i in zip(train.folders, classes.class_of_folder, strict=True)},
@@ -141,12 +157,12 @@ def plan_job(settings: LabelSettings, local_rank: int = 0, local_world: int = 1)
         crop_settings=crop_settings,
         batch_size=settings.batch_size or (CPU_BATCH if device.type == "cpu" else GPU_BATCH),
         temperature=1.0,
-        provenance=_provenance(settings, train, teacher, device),
+        provenance=provenance,
     )
     threads = settings.workers
     if threads is None:
         threads = 1 if device.type == "cpu" else min(16, max(1, (os.cpu_count() or 1) // local_world))
-    return Job(settings, train, val, teacher, classes, plan, device, threads)
+    return Job(settings, train, val, teacher, classes, plan, device, threads, like)
 
 
 def _provenance(settings: LabelSettings, train: Split, teacher: LoadedModel, device: torch.device) -> dict[str, Any]:
@@ -169,9 +185,3 @@ def _provenance(settings: LabelSettings, train: Split, teacher: LoadedModel, dev
         "software": {"python": platform.python_version(), "torch": torch.__version__, "ferkd": __version__},
         "dataset_fingerprint": train.fingerprint(),
     }
-
-
-def evenly(count: int, wanted: int) -> NDArray[np.int64]:
-    """At most `wanted` of range(count), spread evenly."""
-    wanted = min(wanted, count)
-    return np.arange(wanted, dtype=np.int64) * count // wanted

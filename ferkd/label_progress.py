@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ferkd.devices import device_name
-from ferkd.label_plan import Job, evenly
+from ferkd.filling import evenly, to_stderr
+from ferkd.label_plan import Job
 from ferkd.regions import Region, RegionPolicy
 from ferkd.store import LabelStore
 
@@ -18,10 +19,6 @@ MEASURE_SECONDS, MEASURE_SHARE = 20.0, 0.03
 PLAIN_LINE_SECONDS, TERMINAL_LINE_SECONDS = 30.0, 0.5
 FAILURES_SHOWN = 20
 QUANTILE_IMAGES = 2000
-
-
-def to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def describe(job: Job, processes: int = 1) -> Iterator[str]:

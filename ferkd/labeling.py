@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ferkd.devices import repeatable
+from ferkd.filling import to_stderr
 from ferkd.label_batches import label_images
 from ferkd.label_crew import Crew, Task, joined_crew
 from ferkd.label_plan import Job, LabelSettings, plan_job
-from ferkd.label_progress import Progress, Rate, describe, duration, in_bytes, summary, summary_lines, to_stderr
+from ferkd.label_progress import Progress, Rate, describe, duration, in_bytes, summary, summary_lines
 from ferkd.preflight import preflight
 from ferkd.shards import UNIT_IMAGES, LabelledImage, ShardWriter
 from ferkd.store import LabelStore, StoreWriter, joined_shards

@@ -128,6 +128,8 @@ def train_text(line: Mapping[str, Any], total_steps: int, seconds_left: float) -
         f"step {line['step']:>7,}/{total_steps:,}  epoch {line['epoch']:7.2f}  loss {line['loss']:.4f}  lr {line['lr']:.4g}  "
         f"{line['crops_per_second']:,.0f} crops/s  waiting for data {line['data_wait']:.0%}  "
         f"calibrated {line['regions']['calibrated']:.1%}  {seconds_left / 60:.1f} min left"
+        + (f"  (and {line['compile_seconds']:.1f} s of compiling)" if "compile_seconds" in line else "")
+        + (f"  ({line['skipped_steps']} updates skipped: gradient not finite)" if "skipped_steps" in line else "")
     )
 
 

@@ -40,6 +40,12 @@ class TrainConfig:
     """Whether half of the fresh crops are mirrored; for training without labels (stored crops know)."""
 
     policy: RegionPolicy = RegionPolicy()
+    thresholds: Literal["probability", "quantile"] = "probability"
+    """Whether the policy's thresholds are probabilities or shares of the store's crops: discard_below 0.1 then means the lowest tenth."""
+    topk: int | None = None
+    """Answers kept of an online teacher (--teacher); a store brings its own. Default: 5, or all of fewer."""
+    teacher_classes: Literal["teacher", "folder"] = "teacher"
+    """Of an online teacher: learn all of its classes, or only the folders'."""
     mixing: Mixing = Mixing()
     temperature: float = 1.0
     """T: students' logits are divided by it and stored labels softened to match."""
@@ -81,8 +87,11 @@ class TrainConfig:
     """Mixed precision of the student; fp16 scales its gradients."""
     channels_last: bool = True
     """Memory layout of pixels and weights; the fast one for convolutions."""
-    compile: bool = False
-    """torch.compile the forward pass and loss. Off by default: on a CPU it is slower."""
+    compile: Literal["auto", "no", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "auto"
+    """torch.compile student and loss, forward and backward, without graph breaks: `no`, or a mode of torch.compile's (--compile alone:
+    default). `auto`: on a GPU; on a CPU it is slower. reduce-overhead and max-autotune record CUDA graphs."""
+    nan: Literal["stop", "skip"] = "stop"
+    """What becomes of a gradient that is not finite: training stops, or that update is skipped and counted."""
     impl: Literal["auto", "cuda", "triton", "cpu", "reference"] = "auto"
     """Backend of the loss; a named one that cannot run refuses."""
     workers: int | None = None
@@ -134,6 +143,13 @@ class TrainConfig:
             raise InputError(f"betas: {self.betas}; give two numbers of at least 0 and below 1")
         if not 0.0 <= self.drop_path < 1.0:
             raise InputError(f"drop_path: {self.drop_path}; give a probability of at least 0 and below 1")
+        if self.compile in ("reduce-overhead", "max-autotune") and self.accumulate > 1:
+            raise InputError(
+                f"compile: {self.compile} records CUDA graphs, whose gradients the next part of a step would overwrite; "
+                "use accumulate 1, or --compile default"
+            )
+        if self.topk is not None and self.topk < 1:
+            raise InputError(f"topk: {self.topk}; give a whole number of at least 1")
         if self.workers is not None and self.workers < 0:
             raise InputError(f"workers: {self.workers}; give a whole number of at least 0")
         if not 0 <= self.seed < 1 << 32:
@@ -188,8 +204,13 @@ def ferkd_resnet50() -> TrainConfig:
     return dataclasses.replace(fkd_resnet50(), policy=RegionPolicy(discard_below=0.05, calibrate_below=0.15, confidence="max"))
 
 
+def ferkd_vit() -> TrainConfig:
+    """FKD's ViT recipe with FerKD's rule, and the same placeholders as ferkd_resnet50."""
+    return dataclasses.replace(fkd_vit(), policy=ferkd_resnet50().policy)
+
+
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    recipe.__name__: recipe for recipe in (default, small_images, fkd_resnet50, fkd_vit, ferkd_resnet50)
+    recipe.__name__: recipe for recipe in (default, small_images, fkd_resnet50, fkd_vit, ferkd_resnet50, ferkd_vit)
 }
 
 

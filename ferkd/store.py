@@ -32,7 +32,7 @@ from ferkd.shards import ROW, UNIT_IMAGES, ShardRows, ShardWriter, shard_file
 from ferkd.shards import LabelledImage as LabelledImage
 
 if TYPE_CHECKING:
-    from ferkd.regions import RegionPolicy
+    from ferkd.regions import Confidence, RegionPolicy
 
 FORMAT = "ferkd-store"
 VERSION = 1
@@ -480,11 +480,26 @@ class LabelStore:
     def _scan(self, policy: RegionPolicy, progress: Callable[[int, int], None] | None) -> PolicyScan:
         import torch
 
-        from ferkd.regions import Region, confidence_of, region_of
+        from ferkd.regions import Region, region_of
+
+        usable = np.zeros(len(self), np.bool_)
+        counts = np.zeros(len(Region), np.int64)
+        for images, confidence in self.confidences(policy.confidence, progress):
+            region = region_of(torch.from_numpy(confidence), policy).numpy()
+            usable[images] = (region != Region.DISCARDED).any(axis=1)
+            counts += np.bincount(region.ravel(), minlength=len(Region))
+        return PolicyScan(usable, counts)
+
+    def confidences(
+        self, kind: Confidence, progress: Callable[[int, int], None] | None = None
+    ) -> Iterator[tuple[list[int], npt.NDArray[np.float32]]]:
+        """The confidence of every crop of the store, some images at a time: their numbers, and float32 [images, M]. Images that could
+        not be read when they were labelled are left out."""
+        import torch
+
+        from ferkd.regions import confidence_of
 
         n, m = len(self), self.crops
-        usable = np.zeros(n, np.bool_)
-        counts = np.zeros(len(Region), np.int64)
         step = max(1, _SCAN_CROPS // m)
         words = np.empty((step, m, self.label_width), np.uint32)
         for first in range(0, n, step):
@@ -496,18 +511,15 @@ class LabelStore:
                     images.append(image)
             if images:
                 rows = words[: len(images)].reshape(-1, self.label_width)
-                if policy.confidence == "max":
-                    confidence = torch.from_numpy(top_probabilities(rows, self.label_codec, self.k, self.classes))
+                if kind == "max":
+                    confidence = top_probabilities(rows, self.label_codec, self.k, self.classes)
                 else:
                     ids, probs = (torch.from_numpy(part) for part in self.unpack(rows))
                     target = torch.from_numpy(self.targets[images].astype(np.int64)).repeat_interleave(m)
-                    confidence = confidence_of(ids, probs, target, self.classes, policy.confidence)
-                region = region_of(confidence, policy).numpy().reshape(-1, m)
-                usable[images] = (region != Region.DISCARDED).any(axis=1)
-                counts += np.bincount(region.ravel(), minlength=len(Region))
+                    confidence = confidence_of(ids, probs, target, self.classes, kind).numpy()
+                yield images, confidence.reshape(-1, m)
             if progress:
                 progress(min(first + step, n), n)
-        return PolicyScan(usable, counts)
 
     def check_integrity(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Reads every byte of the store and compares all hashes. Raises StoreError that names each damaged file, and images where possible.

@@ -20,10 +20,11 @@ import tyro
 from numpy.typing import NDArray
 
 from ferkd.crops import DECODER, RESAMPLER
-from ferkd.devices import choose_device, device_name, keep_freed_memory, repeatable
+from ferkd.devices import choose_device, device_name, repeatable
 from ferkd.errors import InputError, StoreError
 from ferkd.folders import Split, scan_split
 from ferkd.label_plan import AUTOCAST_DTYPE
+from ferkd.process import keep_freed_memory
 from ferkd.records import pack_labels
 from ferkd.store import LabelStore
 from ferkd.teacher import LoadedModel, TeacherClasses, choose_classes, load_teacher

@@ -35,10 +35,22 @@ def test_a_dry_run_goes_through_every_stage_and_ends_with_a_table(copied):
     ended = run(copied, "--dry")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     table = ended.stdout[ended.stdout.index("=== bench/gpu.sh all in") :].splitlines()[1:]
-    assert [line.split(" (")[0] for line in table] == ["build: ok", "tests: skipped: no GPU", "sanitizer: ok", "loss: ok", "step: ok"]
+    assert [line.split(" (")[0] for line in table] == [
+        "build: ok",
+        "tests: skipped: no GPU",
+        "sanitizer: ok",
+        "loss: ok",
+        "step: ok",
+        "loop: ok",
+    ]
     written = sorted(path.name for path in (copied / "out").iterdir())
-    assert [name for name in written if name.endswith(".log")] == ["build.log", "loss.log", "sanitizer.log", "step.log"]
-    assert [name.split("-")[0] + name[-4:] for name in written if not name.endswith(".log")] == ["loss.csv", "loss.png", "step.csv"]
+    assert [name for name in written if name.endswith(".log")] == ["build.log", "loss.log", "step.log", "tests.log"]
+    assert [name.split("-")[0] + name[-4:] for name in written if not name.endswith(".log")] == [
+        "loop.csv",
+        "loss.csv",
+        "loss.png",
+        "step.csv",
+    ]
     assert not list((copied / "ferkd").glob("kernels")), "ferkd.kernels is found through the installation"
 
 

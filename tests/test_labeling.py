@@ -112,7 +112,7 @@ def test_a_limit_is_spread_over_the_sorted_list(settings):
 
 def test_every_photo_is_decoded_once(settings, monkeypatch):
     read = []
-    monkeypatch.setattr(label_batches, "read_photo", lambda path, name: read.append(name) or read_photo(path, name=name))
+    monkeypatch.setattr(label_batches, "read_photo", lambda path, *, name, **how: read.append(name) or read_photo(path, name=name, **how))
     label(settings)
     assert len(read) == len(set(read)) == 176
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ferkd.data import CropStream, Phase, StreamSampler, Visit, crop_order, permuted, plan_phases
 from ferkd.errors import InputError
+from ferkd.stream import CropStream, Phase, StreamSampler, Visit, crop_order, permuted, plan_phases
 
 
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**32 - 1))

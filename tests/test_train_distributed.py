@@ -82,6 +82,14 @@ def test_two_processes_and_two_parts_are_one_process_on_the_union(photos: Path, 
 
 
 @pytest.mark.slow
+def test_two_compiled_processes_are_one_process(photos: Path, store: LabelStore, tmp_path: Path) -> None:
+    train(1, photos, store, tmp_path / "one", *RULE)
+    said = train(2, photos, store, tmp_path / "two", *RULE, "--compile")
+    assert "s of compiling)" in said
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
 def test_hard_labels_on_two_processes(photos: Path, tmp_path: Path) -> None:
     train(1, photos, None, tmp_path / "one")
     train(2, photos, None, tmp_path / "two")

@@ -1,0 +1,208 @@
+"""What a student is to learn, found out and checked before the first step: its classes, the images it visits, and who labels them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, TensorDataset
+
+from ferkd.crops import CropSettings
+from ferkd.data import (
+    CenterViews,
+    CropView,
+    DecodedPhotos,
+    FolderPhotos,
+    FreshCrops,
+    ImageCrops,
+    PhotoFiles,
+    PhotoSource,
+    StoredCrops,
+    check_same_photos,
+)
+from ferkd.distributed import Ranks
+from ferkd.errors import InputError
+from ferkd.folders import Split, check_same_classes, scan_split
+from ferkd.online import OnlineTeacher, check_online_teacher, load_online_teacher
+from ferkd.progress import print_line
+from ferkd.quantiles import quantile_policy
+from ferkd.recipes import TrainConfig
+from ferkd.regions import Region, RegionPolicy
+from ferkd.runs import Resume
+from ferkd.store import LabelStore
+from ferkd.teacher import Preprocessing
+
+AMP_DTYPE = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to train, on what, and where the results go. `data` holds train/CLASS/* and val/CLASS/*.
+
+    Labels come from the store `labels`, or from `teacher` (a SPEC) at every step, or from the folders.
+    """
+
+    data: Path
+    student: str
+    out: Path
+    config: TrainConfig
+    labels: Path | None = None
+    pretrained: bool = False
+    init: Path | None = None
+    resume: bool | Resume = False
+    loggers: tuple[str, ...] = ()
+    say: Callable[[str], None] = print_line
+    teacher: str | None = None
+    teacher_weights: Path | None = None
+    teacher_input_size: int | None = None
+    skip_preflight: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """`classes`: by the student's output. `class_of_val_folder`: int64, the class id of every val folder. `policy`: with thresholds that
+    are probabilities, whatever the settings said. `usable`: the images that training visits, of the store or of the folder. `regions`:
+    how a store's crops divide under the policy. Labels come from `store`, else from `teacher`, else from the folders."""
+
+    classes: tuple[str, ...]
+    class_of_val_folder: np.ndarray
+    policy: RegionPolicy
+    usable: np.ndarray
+    regions: dict[str, int] | None
+    val: Split
+    train: Split | None
+    store: LabelStore | None
+    teacher: OnlineTeacher | None
+    targets: np.ndarray | None
+
+    @property
+    def method(self) -> str:
+        """What the settings amount to: hard labels, FKD (every label trusted) or FerKD (some discarded or calibrated)."""
+        if self.store is None and self.teacher is None:
+            return "hard labels"
+        rule = "FerKD" if self.policy.discards or self.policy.calibrate_below > 0 else "FKD"
+        return rule if self.store else f"online {rule}"
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a run of this task this run and no other, besides its settings."""
+        return {
+            "classes": len(self.classes),
+            "images": len(self.usable),
+            "store": self.store.manifest_sha256 if self.store else None,
+            "teacher": self.teacher.loaded.weights_sha256 if self.teacher else None,
+            "photos": self.train.paths.sha256() if self.train else None,
+        }
+
+    def crops(self, job: Job, view: CropView, threads: int) -> Dataset[ImageCrops]:
+        """The crops that training sees, by Visit. Raises StoreError for photographs that are not those that were labelled."""
+        config = job.config
+        photos: PhotoSource
+        if self.store:
+            check_same_photos(job.data / "train", self.store)
+            photos = PhotoFiles(job.data / "train", self.store)
+        else:
+            assert self.train is not None
+            photos = FolderPhotos(self.train)
+        if config.cache == "decoded":
+            photos = DecodedPhotos(photos, self.usable, threads)
+        if self.store:
+            return StoredCrops(photos, self.store, self.usable, self.policy, view, config.seed)
+        teacher_view = CropView(self.teacher.size, self.teacher.loaded.preprocessing.interpolation) if self.teacher else None
+        assert self.targets is not None
+        return FreshCrops(photos, self.targets, fresh_crops(config), view, teacher_view)
+
+    def views(self, preprocessing: Preprocessing, cached: bool) -> Dataset[Any]:
+        """The val images as the evaluation sees them; `cached`: decoded now and kept."""
+        views = CenterViews(
+            self.val, self.class_of_val_folder, preprocessing.input_size, preprocessing.crop_pct, preprocessing.interpolation
+        )
+        if not cached:
+            return views
+        pixels, targets, numbers = zip(*(views[i] for i in range(len(views))), strict=True)
+        return TensorDataset(torch.stack(pixels), torch.tensor(targets), torch.tensor(numbers))
+
+
+def fresh_crops(config: TrainConfig) -> CropSettings:
+    """How crops are drawn when there is no store that has them."""
+    return CropSettings(config.seed, (config.min_scale, 1.0), flip=config.flip)
+
+
+def plan_task(job: Job, ranks: Ranks) -> Task:
+    """Raises InputError for data, labels and teacher that do not fit each other, CheckFailed for a teacher that fails the preflight."""
+    config = job.config
+    if job.labels and job.teacher:
+        raise InputError("teacher: a store brings its teacher's answers; give either --labels or --teacher")
+    if (job.teacher_weights or job.teacher_input_size) and not job.teacher:
+        raise InputError("teacher_weights, teacher_input_size: whose? add --teacher SPEC")
+    thresholds = config.policy.discards or config.policy.calibrate_below > 0
+    if thresholds and not (job.labels or job.teacher):
+        raise InputError(
+            "discard_below, calibrate_below, discard_above: thresholds are for a teacher's labels; add --labels STORE or --teacher SPEC"
+        )
+    if config.thresholds == "quantile" and not job.labels:
+        raise InputError("thresholds: quantiles are a store's; add --labels STORE, or give probabilities")
+    val = scan_split(job.data, "val")
+    if job.labels:
+        return _from_store(job, LabelStore(job.labels), val)
+    train = scan_split(job.data, "train")
+    check_same_classes(train, val)
+    if len(train.folders) < 2:
+        raise InputError(f"{train.root}: has only the class folder {train.folders[0]!r}; a classifier needs at least 2")
+    classes, class_of_folder, teacher = train.folders, np.arange(len(train.folders)), None
+    if job.teacher:
+        amp = AMP_DTYPE[config.amp]
+        teacher = load_online_teacher(job.teacher, job.teacher_weights, job.teacher_input_size, config, train, ranks.device, amp)
+        classes, class_of_folder = teacher.classes.names, teacher.classes.class_of_folder
+        if ranks.is_main and not job.skip_preflight:
+            check_online_teacher(teacher, train, val, fresh_crops(config), ranks.device, job.say)
+    return Task(
+        classes=classes,
+        class_of_val_folder=class_of_folder[[train.folders.index(folder) for folder in val.folders]],
+        policy=config.policy,
+        usable=np.arange(len(train)),
+        regions=None,
+        val=val,
+        train=train,
+        store=None,
+        teacher=teacher,
+        targets=class_of_folder[train.folder_of],
+    )
+
+
+def _from_store(job: Job, store: LabelStore, val: Split) -> Task:
+    unknown = [folder for folder in val.folders if folder not in store.folders]
+    if unknown:
+        raise InputError(
+            f"{val.root}: class folders {', '.join(unknown[:5])} are not in the store {store.path}, which was labelled with "
+            f"{', '.join(list(store.folders)[:5])}...; give the --data folder that was labelled"
+        )
+    missing = [folder for folder in store.folders if folder not in val.folders]
+    if missing:
+        raise InputError(
+            f"{val.root}: lacks the class folders {', '.join(missing[:5])} of the store {store.path}; "
+            "give val the class folders that were labelled, with the same names"
+        )
+    policy = job.config.policy
+    if job.config.thresholds == "quantile":
+        policy = quantile_policy(store, policy)
+        job.say(
+            f"thresholds: discard_below {policy.discard_below:.6g}, calibrate_below {policy.calibrate_below:.6g}, "
+            f"discard_above {policy.discard_above:.6g} are these quantiles of {store.path}"
+        )
+    scan = store.scan(policy)
+    return Task(
+        classes=tuple(store.class_names),
+        class_of_val_folder=np.array([store.folders[folder] for folder in val.folders]),
+        policy=policy,
+        usable=np.flatnonzero(scan.usable),
+        regions={region.name.lower(): int(scan.counts[region]) for region in Region},
+        val=val,
+        train=None,
+        store=store,
+        teacher=None,
+        targets=None,
+    )
