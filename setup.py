@@ -108,7 +108,7 @@ def extensions() -> "tuple[list, dict]":
         CppExtension(
             "ferkd._C",
             ["csrc/bindings.cpp", "csrc/loss_cpu.cpp"],
-            depends=["csrc/arguments.h", "csrc/label_math.h", "csrc/loss_cpu.h"],
+            depends=["csrc/arguments.h", "csrc/crops.h", "csrc/label_math.h", "csrc/loss_cpu.h"],
             py_limited_api=True,
             extra_compile_args={"cxx": CXX_FLAGS + STABLE_ABI + sanitize},
             extra_link_args=sanitize[:1],

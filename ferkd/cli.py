@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import tyro
 
 from ferkd import __version__
+from ferkd.distributed import first_to_say
 from ferkd.errors import CheckFailed, InputError, Stopped
 from ferkd.recipes import TrainConfig, recipe
 from ferkd.regions import RegionPolicy
@@ -36,6 +37,7 @@ COMMANDS = {
     "inspect": "show what a store's labels look like, and what thresholds would do",
     "train": "train a student on stored labels, or on hard labels without them",
     "eval": "top-1 and top-5 of trained weights, or of a teacher",
+    "verify": "show a store's teacher some of its crops again: does it say the same?",
     "plan": "what labelling would cost: bytes, the teacher's passes, hours",
     "convert": "turn label files of FKD or ml-dr into a store",
     "export": "write a store as files that FKD's training script reads",
@@ -55,20 +57,17 @@ class Output:
 def label(arguments: Sequence[str]) -> None:
     """Label crops of every photograph in DATA/train with a teacher and store its answers in a folder.
 
-    May be stopped at any moment (also by kill -9) and started again: the finished store is the same, byte for byte.
+    May be stopped at any moment (also by kill -9) and started again: the finished store is the same, byte for byte. So it is from several
+    GPUs and machines that share the disk: torchrun --nproc-per-node 8 -m ferkd label ...
 
     Example: ferkd label --data photos --teacher timm:resnet50.a1_in1k --out labels --crops 200
     """
-    from ferkd.labeling import LabelSettings
-    from ferkd.labeling import label as run_labelling
+    from ferkd.labeling import LabelSettings, label_with_figures
 
     settings, output = _parse(label, LabelSettings, arguments)
-    store = run_labelling(settings)
-    if output.json:
-        summary: dict[str, Any] = {"store": str(settings.out)}
-        if store is not None:
-            summary |= {"images": len(store), "crops": len(store) * store.crops, "classes": store.classes, "k": store.k}
-        print(json.dumps(summary))
+    labelled = label_with_figures(settings)
+    if output.json and labelled is not None:
+        print(json.dumps(labelled.figures))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +223,27 @@ def evaluate(arguments: Sequence[str]) -> None:
         print(f"top-1 among the folders' own classes {accuracy.top1_folders:.2%}")
 
 
+def verify(arguments: Sequence[str]) -> None:
+    """Show the teacher a sample of a store's crops again and compare: photos, preprocessing, pixels, answers. Exit status 1 if it fails.
+
+    --integrity compares the hashes of the store's files and needs neither data nor teacher.
+
+    Example: ferkd verify labels --data photos --teacher timm:resnet50.a1_in1k
+    """
+    from ferkd.verify import VerifySettings
+    from ferkd.verify import verify as run_verification
+
+    settings, output = _parse(verify, VerifySettings, arguments)
+    verdict = run_verification(settings)
+    if output.json:
+        print(json.dumps(verdict.as_dict()))
+    else:
+        print(verdict.table())
+        print(f"{verdict.store}: {'PASS' if verdict.passed else 'FAIL'}")
+    if not verdict.passed:
+        raise CheckFailed(verdict.reasons())
+
+
 def plan(arguments: Sequence[str]) -> None:
     """Say what labelling would cost before anything is spent.
 
@@ -333,6 +353,7 @@ FUNCTIONS: dict[str, Callable[[Sequence[str]], None]] = {
     "inspect": inspect,
     "train": train,
     "eval": evaluate,
+    "verify": verify,
     "plan": plan,
     "convert": convert,
     "export": export,
@@ -372,7 +393,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             text = f"{error.filename}: {error.strerror}"
         elif lost_worker:
             text = f"workers: {text} Did memory, or /dev/shm, run out? Use fewer --workers"
-        print(f"ferkd {arguments[0]}: {text}", file=sys.stderr)
+        if first_to_say(text):
+            print(f"ferkd {arguments[0]}: {text}", file=sys.stderr)
         sys.exit(status)
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ferkd.store import UNIT_IMAGES, LabelledImage, LabelStore, StorePlan, StoreWriter
+from ferkd.shards import UNIT_IMAGES, LabelledImage
+from ferkd.store import LabelStore, StorePlan, StoreWriter
 
 SAY_SECONDS = 30.0
 SHOWN = 20

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ferkd.errors import InputError
-from ferkd.labeling import AUTOCAST_DTYPE, CODECS, CPU_BATCH, GPU_BATCH, Autocast, Layout
+from ferkd.label_plan import AUTOCAST_DTYPE, CODECS, CPU_BATCH, GPU_BATCH, Autocast, Layout
+from ferkd.label_progress import in_bytes
 from ferkd.process import keep_freed_memory
 from ferkd.records import crop_bytes
 from ferkd.store import images_a_shard
@@ -96,7 +97,7 @@ def plan(settings: PlanSettings) -> Plan:
         label_bytes=crops * bytes_a_crop,
         index_bytes=index,
         store_bytes=crops * bytes_a_crop + index,
-        shards=-(-settings.images // images_a_shard(settings.crops * bytes_a_crop)),
+        shards=-(-settings.images // images_a_shard(settings.crops * bytes_a_crop, settings.images)),
         teacher_passes=crops,
         rate=rate,
         devices=settings.devices,
@@ -138,9 +139,9 @@ def plan_table(settings: PlanSettings, found: Plan) -> str:
     rows = [
         ("crops", f"{found.crops:,}   ({settings.images:,} images x {settings.crops:,})"),
         ("bytes a crop", f"{found.crop_bytes}   ({settings.layout}, top {settings.kept} of {settings.classes:,})"),
-        ("labels", f"{_size(found.label_bytes)} in {found.shards:,} shard{'s' * (found.shards > 1)}"),
-        ("index", f"{_size(found.index_bytes)}, about"),
-        ("store", _size(found.store_bytes)),
+        ("labels", f"{in_bytes(found.label_bytes)} in {found.shards:,} shard{'s' * (found.shards > 1)}"),
+        ("index", f"{in_bytes(found.index_bytes)}, about"),
+        ("store", in_bytes(found.store_bytes)),
         ("teacher passes", f"{found.teacher_passes:,} crops"),
         ("hours", hours),
     ]
@@ -151,11 +152,3 @@ def plan_json(settings: PlanSettings, found: Plan) -> dict[str, Any]:
     """The plan for programs: what was asked and what came out."""
     asked = {name: getattr(settings, name) for name in ("images", "classes", "layout", "teacher")}
     return {**asked, "topk": settings.kept, "crops_an_image": settings.crops, **dataclasses.asdict(found)}
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"

@@ -402,7 +402,7 @@ def test_an_interrupted_conversion_ends_byte_identical_and_takes_no_other_source
     spoiled.write_bytes(kept[:500] + b"\0" * (len(kept) - 500))  # as large as before
     with pytest.raises(InputError, match=r"train/red/20.tar"):
         convert_fkd(settings(photos, source, tmp_path / "store", names), lambda _: None)
-    assert list((tmp_path / "store/shards").glob("*.part"))
+    assert list((tmp_path / "store/shards").glob("*.rows"))
     spoiled.write_bytes(kept)
     other = shutil.copytree(source, tmp_path / "other")
     rewrite(other / "train/blue/0.tar", labels=lambda x: x * np.float32([1, 0.5]))  # another teacher's file of the same size

@@ -29,14 +29,14 @@ def test_imagenets_figures() -> None:
     found = plan(PlanSettings(images=1_281_167, crops=500, topk=5, classes=1000, layout="compact", rate=2500, devices=8))
     assert (found.crop_bytes, found.label_bytes) == (12, 1_281_167 * 500 * 12)
     assert found.hours == pytest.approx(1_281_167 * 500 / 2500 / 8 / 3600)
-    assert found.shards == -(-1_281_167 // (67_108_864 // 6000 // 64 * 64))
+    assert found.shards == -(-1_281_167 // 5056)
 
 
 def test_a_table_for_people_and_json_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "--images", "1281167", "--classes", "1000", "--rate", "3000", "--devices", "8"])
     text = capsys.readouterr().out
     assert "28   (exact, top 5 of 1,000)" in text
-    assert "7.2 GB in 108 shards" in text
+    assert "7.2 GB in 254 shards" in text
     assert "2.97   at 3,000.0 crops/s (as given) x 8 devices" in text
     main(["plan", "--images", "1000", "--classes", "10", "--json"])
     found = json.loads(capsys.readouterr().out)
