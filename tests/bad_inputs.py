@@ -184,6 +184,7 @@ def table() -> str:
     rows = ["| what is wrong | what is said | exit status |", "|---|---|---|"]
     for kind, status, line in answers():
         line = re.sub(r"\S*/case\d+\b/?", "", line)
+        line = re.sub(r"(CRC32|SHA-256) [0-9a-f]{8,}|line \d+ column \d+ \(char \d+\)", lambda at: f"{at[0].split()[0]} ...", line)
         rows.append(f"| {kind} | {line.replace('|', chr(92) + '|')} | {status} |")
     return "\n".join(rows)
 
