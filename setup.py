@@ -102,13 +102,16 @@ def extensions() -> "tuple[list, dict]":
     reason = "FERKD_CUDA=0" if wanted is False else why_no_cuda()
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
+    sanitizers = os.environ.get("FERKD_SANITIZE")  # gcc's: "address,undefined" (see Makefile)
+    sanitize = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"] if sanitizers else []
     modules = [
         CppExtension(
             "ferkd._C",
             ["csrc/bindings.cpp", "csrc/loss_cpu.cpp"],
-            depends=["csrc/arguments.h", "csrc/label_math.h", "csrc/loss_cpu.h"],
+            depends=["csrc/arguments.h", "csrc/crops.h", "csrc/label_math.h", "csrc/loss_cpu.h"],
             py_limited_api=True,
-            extra_compile_args={"cxx": CXX_FLAGS + STABLE_ABI},
+            extra_compile_args={"cxx": CXX_FLAGS + STABLE_ABI + sanitize},
+            extra_link_args=sanitize[:1],
         )
     ]
     if reason is None:

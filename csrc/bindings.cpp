@@ -3,11 +3,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -16,6 +18,7 @@
 #include <utility>
 
 #include "arguments.h"
+#include "crops.h"
 #include "loss_cpu.h"
 
 namespace {
@@ -195,8 +198,78 @@ STABLE_TORCH_LIBRARY_IMPL(ferkd, CPU, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(ferkd, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
 
+namespace {
+
+// Boxes for readers of stores, as Python functions: an operator's call takes longer than the few boxes of a visit. Arrays come and go as bytes,
+// which Python 3.10's limited API knows; what comes back is boxes [n, 4] int32 and then flips [n] uint8.
+PyObject* boxes_and_flips(Py_ssize_t n, const auto& box_of) {
+  PyObject* made = PyByteArray_FromStringAndSize(nullptr, n * Py_ssize_t(sizeof(crops::Box) + 1));
+  if (made == nullptr) return nullptr;
+  char* boxes = PyByteArray_AsString(made);
+  char* flips = boxes + n * Py_ssize_t(sizeof(crops::Box));
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    bool flip = false;
+    const crops::Box box = box_of(i, flip);
+    std::memcpy(boxes + i * Py_ssize_t(sizeof box), &box, sizeof box);
+    flips[i] = char(flip);
+  }
+  return made;
+}
+
+// draw_crops(settings: bytes, image, numbers: bytes of int64, below, width, height): the crops of these numbers, all from 0 to below - 1.
+PyObject* draw_crops(PyObject*, PyObject* arguments) {
+  const char *settings_bytes, *numbers;
+  Py_ssize_t settings_size, numbers_size;
+  long long image, below, width, height;
+  if (!PyArg_ParseTuple(arguments, "y#Ly#LLL", &settings_bytes, &settings_size, &image, &numbers, &numbers_size, &below, &width, &height)) {
+    return nullptr;
+  }
+  constexpr long long most = 1ll << 32;
+  const Py_ssize_t n = numbers_size / Py_ssize_t(sizeof(int64_t));
+  bool good = settings_size == 8 * Py_ssize_t(crops::Settings::WORDS) && numbers_size % Py_ssize_t(sizeof(int64_t)) == 0 && image >= 0 &&
+              image < most && below <= most && width >= 1 && width <= 32767 && height >= 1 && height <= 32767;
+  const auto number = [numbers](Py_ssize_t i) {
+    int64_t value;
+    std::memcpy(&value, numbers + i * Py_ssize_t(sizeof value), sizeof value);
+    return value;
+  };
+  for (Py_ssize_t i = 0; good && i < n; ++i) good = number(i) >= 0 && number(i) < below;
+  if (!good) {
+    PyErr_SetString(PyExc_ValueError, "draw_crops: a number is out of range");
+    return nullptr;
+  }
+  const crops::Settings settings(settings_bytes);
+  return boxes_and_flips(n, [&](Py_ssize_t i, bool& flip) {
+    return crops::draw(settings, uint32_t(image), uint32_t(number(i)), uint64_t(width), uint64_t(height), flip);
+  });
+}
+
+// unpack_boxes(words: bytes of uint64): stored boxes.
+PyObject* unpack_boxes(PyObject*, PyObject* arguments) {
+  const char* words;
+  Py_ssize_t size;
+  if (!PyArg_ParseTuple(arguments, "y#", &words, &size)) return nullptr;
+  if (size % Py_ssize_t(sizeof(uint64_t)) != 0) {
+    PyErr_SetString(PyExc_ValueError, "unpack_boxes: the number of bytes is out of range");
+    return nullptr;
+  }
+  return boxes_and_flips(size / Py_ssize_t(sizeof(uint64_t)), [&](Py_ssize_t i, bool& flip) {
+    uint64_t word;
+    std::memcpy(&word, words + i * Py_ssize_t(sizeof word), sizeof word);
+    return crops::unpack(word, flip);
+  });
+}
+
+PyMethodDef functions[] = {
+    {"draw_crops", draw_crops, METH_VARARGS, nullptr},
+    {"unpack_boxes", unpack_boxes, METH_VARARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
 // Importing the module is what registers the operators above.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "ferkd's CPU operators", 0, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "ferkd's CPU operators", 0, functions, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

@@ -17,11 +17,13 @@ _HOME = {
     "Region": "ferkd.regions",
     "Records": "ferkd.records",
     "LabelStore": "ferkd.store",
+    "CropLoader": "ferkd.loader",
 }
 
-__all__ = ["FerKDLoss", "LabelStore", "LossStats", "Records", "Region", "RegionPolicy", "__version__", "ferkd_loss"]
+__all__ = ["CropLoader", "FerKDLoss", "LabelStore", "LossStats", "Records", "Region", "RegionPolicy", "__version__", "ferkd_loss"]
 
 if TYPE_CHECKING:
+    from ferkd.loader import CropLoader
     from ferkd.loss import FerKDLoss, LossStats, ferkd_loss
     from ferkd.records import Records
     from ferkd.regions import Region, RegionPolicy

@@ -17,14 +17,18 @@ import sys
 from collections.abc import Callable, Sequence
 from inspect import cleandoc
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from ferkd import __version__
+from ferkd.distributed import first_to_say
 from ferkd.errors import CheckFailed, InputError, Stopped
 from ferkd.recipes import TrainConfig, recipe
 from ferkd.regions import RegionPolicy
+
+if TYPE_CHECKING:
+    from ferkd.store import LabelStore
 
 Settings = TypeVar("Settings")
 
@@ -34,6 +38,11 @@ COMMANDS = {
     "train": "train a student on stored labels, or on hard labels without them",
     "eval": "top-1 and top-5 of trained weights, or of a teacher",
     "report": "one HTML page of training runs, side by side",
+    "verify": "show a store's teacher some of its crops again: does it say the same?",
+    "plan": "what labelling would cost: bytes, the teacher's passes, hours",
+    "convert": "turn label files of FKD or ml-dr into a store",
+    "export": "write a store as files that FKD's training script reads",
+    "merge": "average stores over the same crops",
     "demo": "the whole way on a small dataset, with a table and pictures",
 }
 
@@ -49,20 +58,17 @@ class Output:
 def label(arguments: Sequence[str]) -> None:
     """Label crops of every photograph in DATA/train with a teacher and store its answers in a folder.
 
-    May be stopped at any moment (also by kill -9) and started again: the finished store is the same, byte for byte.
+    May be stopped at any moment (also by kill -9) and started again: the finished store is the same, byte for byte. So it is from several
+    GPUs and machines that share the disk: torchrun --nproc-per-node 8 -m ferkd label ...
 
     Example: ferkd label --data photos --teacher timm:resnet50.a1_in1k --out labels --crops 200
     """
-    from ferkd.labeling import LabelSettings
-    from ferkd.labeling import label as run_labelling
+    from ferkd.labeling import LabelSettings, label_with_figures
 
     settings, output = _parse(label, LabelSettings, arguments)
-    store = run_labelling(settings)
-    if output.json:
-        summary: dict[str, Any] = {"store": str(settings.out)}
-        if store is not None:
-            summary |= {"images": len(store), "crops": len(store) * store.crops, "classes": store.classes, "k": store.k}
-        print(json.dumps(summary))
+    labelled = label_with_figures(settings)
+    if output.json and labelled is not None:
+        print(json.dumps(labelled.figures))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +239,8 @@ def evaluate(arguments: Sequence[str]) -> None:
     if output.json:
         print(json.dumps(accuracy._asdict()))
     else:
-        print(f"{accuracy.images:,} images   top-1 {accuracy.top1:.2%}   top-5 {accuracy.top5:.2%}")
+        left_out = f"   {accuracy.unreadable:,} could not be read" if accuracy.unreadable else ""
+        print(f"{accuracy.images:,} images{left_out}   top-1 {accuracy.top1:.2%}   top-5 {accuracy.top5:.2%}")
         print(f"top-1 among the folders' own classes {accuracy.top1_folders:.2%}")
 
 
@@ -271,6 +278,118 @@ def report(arguments: Sequence[str]) -> None:
     print(json.dumps({"page": str(settings.out)}) if output.json else f"wrote {settings.out}")
 
 
+def verify(arguments: Sequence[str]) -> None:
+    """Show the teacher a sample of a store's crops again and compare: photos, preprocessing, pixels, answers. Exit status 1 if it fails.
+
+    --integrity compares the hashes of the store's files and needs neither data nor teacher.
+
+    Example: ferkd verify labels --data photos --teacher timm:resnet50.a1_in1k
+    """
+    from ferkd.verify import VerifySettings
+    from ferkd.verify import verify as run_verification
+
+    settings, output = _parse(verify, VerifySettings, arguments)
+    verdict = run_verification(settings)
+    if output.json:
+        print(json.dumps(verdict.as_dict()))
+    else:
+        print(verdict.table())
+        print(f"{verdict.store}: {'PASS' if verdict.passed else 'FAIL'}")
+    if not verdict.passed:
+        raise CheckFailed(verdict.reasons())
+
+
+def plan(arguments: Sequence[str]) -> None:
+    """Say what labelling would cost before anything is spent.
+
+    Example: ferkd plan --images 1281167 --crops 200 --topk 5 --classes 1000 --rate 3000 --devices 8
+    """
+    from ferkd.plan import PlanSettings, plan_json, plan_table
+    from ferkd.plan import plan as make_plan
+
+    settings, output = _parse(plan, PlanSettings, arguments)
+    found = make_plan(settings)
+    print(json.dumps(plan_json(settings, found)) if output.json else plan_table(settings, found))
+
+
+def convert(arguments: Sequence[str]) -> None:
+    """Turn other people's label files into a store. Nothing in them is ever run.
+
+    `ferkd convert fkd --help`, `ferkd convert ml-dr --help`
+
+    Example: ferkd convert fkd FKD_soft_label_500_crops/imagenet labels --data imagenet
+    """
+    _choose(convert, {"fkd": convert_fkd, "ml-dr": convert_mldr}, arguments)
+
+
+def convert_fkd(arguments: Sequence[str]) -> None:
+    """Turn FKD's files (train/CLASS/IMAGE.tar) into a store. Boxes become those that FKD's training script cuts, to the pixel.
+
+    May be stopped at any moment and started again.
+
+    Example: ferkd convert fkd FKD_soft_label_500_crops/imagenet labels --data imagenet
+    """
+    from ferkd.filling import to_stderr
+    from ferkd.interop.fkd import FkdSettings
+    from ferkd.interop.fkd import convert_fkd as run
+
+    settings, output = _parse(convert_fkd, FkdSettings, arguments, name="convert fkd")
+    _print_store(run(settings, to_stderr), output)
+
+
+def convert_mldr(arguments: Sequence[str]) -> None:
+    """Turn a reinforced dataset of apple/ml-dr (INDEX.pth.tar) whose augmentation is crop and flip into a store.
+
+    May be stopped at any moment and started again.
+
+    Example: ferkd convert ml-dr imagenet_plus_rrc labels --data imagenet
+    """
+    from ferkd.filling import to_stderr
+    from ferkd.interop.mldr import MlDrSettings
+    from ferkd.interop.mldr import convert_mldr as run
+
+    settings, output = _parse(convert_mldr, MlDrSettings, arguments, name="convert ml-dr")
+    _print_store(run(settings, to_stderr), output)
+
+
+def export(arguments: Sequence[str]) -> None:
+    """Write a store as other people's label files.
+
+    `ferkd export fkd --help`
+
+    Example: ferkd export fkd labels fkd-labels --discard-below 0.1 --calibrate-below 0.3
+    """
+    _choose(export, {"fkd": export_fkd}, arguments)
+
+
+def export_fkd(arguments: Sequence[str]) -> None:
+    """Write files that FKD's own training script reads. A policy's discarded crops are left out, calibrated ones softened.
+
+    Example: ferkd export fkd labels fkd-labels --discard-below 0.1 --calibrate-below 0.3 --data photos
+    """
+    from ferkd.filling import to_stderr
+    from ferkd.interop.fkd_export import ExportSettings
+    from ferkd.interop.fkd_export import export_fkd as run
+
+    settings, output = _parse(export_fkd, ExportSettings, arguments, name="export fkd")
+    exported = run(settings, to_stderr)
+    if output.json:
+        print(json.dumps({"out": str(settings.out), **exported.as_dict()}))
+
+
+def merge(arguments: Sequence[str]) -> None:
+    """Average stores over the same crops: an ensemble of teachers. `ferkd label --like STORE` makes a second store for it.
+
+    Example: ferkd merge labels-a labels-b labels-both
+    """
+    from ferkd.filling import to_stderr
+    from ferkd.merge import MergeSettings
+    from ferkd.merge import merge as run
+
+    settings, output = _parse(merge, MergeSettings, arguments)
+    _print_store(run(settings, to_stderr), output)
+
+
 def demo(arguments: Sequence[str]) -> None:
     """Train a small teacher, label, inspect, and compare hard labels, FKD and FerKD; on digits, or on your photographs.
 
@@ -290,6 +409,11 @@ FUNCTIONS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "eval": evaluate,
     "report": report,
+    "verify": verify,
+    "plan": plan,
+    "convert": convert,
+    "export": export,
+    "merge": merge,
     "demo": demo,
 }
 
@@ -325,7 +449,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             text = f"{error.filename}: {error.strerror}"
         elif lost_worker:
             text = f"workers: {text} Did memory, or /dev/shm, run out? Use fewer --workers"
-        print(f"ferkd {arguments[0]}: {text}", file=sys.stderr)
+        if first_to_say(text):
+            print(f"ferkd {arguments[0]}: {text}", file=sys.stderr)
         sys.exit(status)
 
 
@@ -358,11 +483,31 @@ def _parse(
     return parsed
 
 
+def _choose(command: Callable[..., Any], formats: dict[str, Callable[[Sequence[str]], None]], arguments: Sequence[str]) -> None:
+    """Runs the function of the format named first."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"usage: ferkd {command.__name__} {{{','.join(formats)}}} ...\n\n{cleandoc(command.__doc__ or '')}")
+    elif not arguments or arguments[0] not in formats:
+        raise InputError(f"{arguments[0] if arguments else 'no format'!r}: name the format first: {', '.join(formats)}")
+    else:
+        formats[arguments[0]](arguments[1:])
+
+
+def _print_store(store: LabelStore, output: Output) -> None:
+    """A new store as JSON, if that was asked for; people were told on the way."""
+    if output.json:
+        failed = len(store.manifest.failed)
+        summary = {"images": len(store), "crops": len(store) * store.crops, "classes": store.classes, "k": store.k, "failed": failed}
+        print(json.dumps({"store": str(store.path), **summary}))
+
+
 def _unboxed(text: str) -> str:
     """The words of an error that tyro framed for the terminal."""
     lines = [line.strip("╭╮╰╯│┌┐└┘─ ") for line in text.splitlines()]
     words = " ".join(line for line in lines if line.strip("-"))
-    return re.sub(r"^Value error Error parsing settings[.\w]*: ", "", words)
+    words = re.sub(r"^Value error Error parsing settings[.\w]*: ", "", words)
+    words = re.sub(r"^(Unrecognized options|Missing argument|Invalid choice|Required options) (?=\w)", "", words)
+    return re.sub(r"\.?\s*For full helptext, (?:see|run) (.*--help)$", r"; \1 explains", words)
 
 
 def _flag_value(arguments: Sequence[str], flag: str) -> str | None:

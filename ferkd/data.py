@@ -33,23 +33,26 @@ from ferkd.stream import StreamSampler, Visit, crop_order
 class ImageCrops(NamedTuple):
     """What one visit brings: pixels uint8 [m, 3, S, S]; label words int32 [m, W], None without labels; the ground truth's class id.
 
-    `teacher_pixels`: the same crops as an online teacher is to see them, where that is not as the student does.
+    `teacher_pixels`: the same crops as an online teacher is to see them, where that is not as the student does. `unreadable`: what is wrong
+    with the photographs that should have been shown instead.
     """
 
     pixels: Tensor
     words: Tensor | None
     target: int
     teacher_pixels: Tensor | None = None
+    unreadable: tuple[str, ...] = ()
 
 
 class CropBatch(NamedTuple):
-    """One step's rows, image-major: pixels uint8 [B, 3, S, S], label words int32 [B, W] or None, target int64 [B]; `teacher_pixels` as
-    in ImageCrops."""
+    """One step's rows, image-major: pixels uint8 [B, 3, S, S], label words int32 [B, W] or None, target int64 [B]; `teacher_pixels` and
+    `unreadable` as in ImageCrops."""
 
     pixels: Tensor
     words: Tensor | None
     target: Tensor
     teacher_pixels: Tensor | None = None
+    unreadable: tuple[str, ...] = ()
 
     def rows(self, rows: slice) -> CropBatch:
         """Some of the rows."""
@@ -108,16 +111,26 @@ def free_shared_memory() -> int:
 class DecodedPhotos:
     """All photographs decoded once into one shared block of memory, for `--cache decoded`.
 
-    Raises InputError when they would fill more than half of the memory that is free, or more than there is of shared memory.
+    Raises InputError when they would fill more than half of the memory that is free, or more than there is of shared memory. One that
+    cannot be read raises its error when it is asked for.
     """
 
     def __init__(self, source: PhotoSource, images: Sequence[int] | np.ndarray, threads: int) -> None:
+        self.errors: dict[int, InputError] = {}
+
+        def decoded(image: int) -> Tensor:
+            try:
+                return source(image)
+            except InputError as error:
+                self.errors[image] = error
+                return torch.empty(3, 0, 0, dtype=torch.uint8)
+
         free, shared = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), free_shared_memory()
         self.slot = {int(image): slot for slot, image in enumerate(images)}
         photos: list[Tensor] = []
         size = 0
         with ThreadPoolExecutor(threads) as pool:
-            for photo in pool.map(source, (int(image) for image in images)):
+            for photo in pool.map(decoded, (int(image) for image in images)):
                 size += photo.numel()
                 photos.append(photo)
                 if size > free // 2:
@@ -144,6 +157,8 @@ class DecodedPhotos:
             self.block[start:end] = photo.permute(1, 2, 0).reshape(-1)
 
     def __call__(self, image: int) -> Tensor:
+        if image in self.errors:
+            raise self.errors[image]
         slot = self.slot[image]
         height, width = self.shapes[slot]
         photo: Tensor = self.block[self.ends[slot] : self.ends[slot + 1]].view(height, width, 3)
@@ -208,10 +223,15 @@ class StoredCrops(Dataset[ImageCrops]):
         return walk
 
 
+MOST_UNREADABLE = 100
+"""Photographs in a row that may be passed over before the folder itself is doubted."""
+
+
 class FreshCrops(Dataset[ImageCrops]):
     """Crops drawn anew at every visit, for training without labels: crop number `walk` of image i is drawn from (seed, i, walk).
 
-    `teacher_view`: how an online teacher sees them, where that differs from the student's view.
+    `teacher_view`: how an online teacher sees them, where that differs from the student's view. In the place of a photograph that cannot
+    be read the next one that can is shown, which depends on nothing but the folder.
     """
 
     def __init__(
@@ -224,12 +244,25 @@ class FreshCrops(Dataset[ImageCrops]):
         return len(self.targets)
 
     def __getitem__(self, visit: Visit) -> ImageCrops:
-        photo = self.photos(visit.image)
+        image, unreadable = visit.image, []
+        while True:
+            try:
+                photo = self.photos(image)
+                break
+            except StoreError:
+                raise
+            except InputError as error:
+                unreadable.append(str(error))
+                if len(unreadable) == min(MOST_UNREADABLE, len(self)):
+                    raise InputError(
+                        f"{len(unreadable)} photographs one after the other cannot be read, the first: {unreadable[0]}"
+                    ) from error
+                image = (image + 1) % len(self)
         numbers = visit.walk + np.arange(visit.crops)
-        boxes, flips = draw_crops(self.settings, visit.image, numbers, photo.shape[2], photo.shape[1])
+        boxes, flips = draw_crops(self.settings, image, numbers, photo.shape[2], photo.shape[1])
         pixels = cut_crops(photo, boxes, flips, self.view)
         teacher_pixels = None if self.teacher_view is None else cut_crops(photo, boxes, flips, self.teacher_view)
-        return ImageCrops(pixels, None, int(self.targets[visit.image]), teacher_pixels)
+        return ImageCrops(pixels, None, int(self.targets[image]), teacher_pixels, tuple(unreadable))
 
 
 def surviving_crops(store: LabelStore, labels: ImageLabels, policy: RegionPolicy) -> np.ndarray:
@@ -255,6 +288,7 @@ def gather(dataset: Dataset[ImageCrops], visits: Sequence[Visit]) -> CropBatch:
     """
     rows = sum(visit.crops for visit in visits)
     pixels, teacher_pixels, words, targets, row = None, None, [], [], 0
+    unreadable: list[str] = []
     for visit in visits:
         item = dataset[visit]
         # Copied at once, while a crop is still in the processor's cache; its own memory then serves the next one.
@@ -263,9 +297,10 @@ def gather(dataset: Dataset[ImageCrops], visits: Sequence[Visit]) -> CropBatch:
             teacher_pixels = _put(item.teacher_pixels, row, teacher_pixels, rows)
         words += [] if item.words is None else [item.words]
         targets += [item.target] * visit.crops
+        unreadable += item.unreadable
         row += visit.crops
     assert pixels is not None
-    return CropBatch(pixels, torch.cat(words) if words else None, torch.tensor(targets), teacher_pixels)
+    return CropBatch(pixels, torch.cat(words) if words else None, torch.tensor(targets), teacher_pixels, tuple(unreadable))
 
 
 def _put(crops: Tensor, row: int, batch: Tensor | None, rows: int) -> Tensor:
@@ -294,8 +329,12 @@ def _full(batch: int) -> str:
     )
 
 
+UNREADABLE = -1
+
+
 class CenterViews(Dataset[tuple[Tensor, int, int]]):
-    """The evaluation view of every photograph of a split: pixels uint8 [3, S, S], class id, and the photograph's number."""
+    """The evaluation view of every photograph of a split: pixels uint8 [3, S, S], class id, and the photograph's number. One that cannot be
+    read has the class id UNREADABLE."""
 
     def __init__(self, split: Split, class_of_folder: np.ndarray, size: int, crop_pct: float, interpolation: Interpolation) -> None:
         self.photos = FolderPhotos(split)
@@ -306,7 +345,15 @@ class CenterViews(Dataset[tuple[Tensor, int, int]]):
         return len(self.targets)
 
     def __getitem__(self, image: int) -> tuple[Tensor, int, int]:
-        return center_view(self.photos(image), self.size, self.crop_pct, self.interpolation), int(self.targets[image]), image
+        try:
+            photo = self.photos(image)
+        except InputError:
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), UNREADABLE, image
+        return center_view(photo, self.size, self.crop_pct, self.interpolation), int(self.targets[image]), image
+
+    def name(self, image: int) -> str:
+        """The photograph's path."""
+        return str(self.photos.split.root / self.photos.split.paths[image])
 
 
 class _ErrorsAsValues(Dataset[Any]):
@@ -443,7 +490,7 @@ def check_same_photos(root: Path, store: LabelStore, samples: int = 16) -> None:
             continue  # could not be read when it was labelled
         if not (root / entry.path).is_file():
             raise StoreError(
-                f"{store.path}: labelled {entry.path}, which is not in {root}; is this the store of another dataset? "
-                "Give the --data folder that was labelled"
+                f"{store.path}: labelled {entry.path}, which is not in {root}: deleted since, or is this the store of another dataset? "
+                "Restore the photograph, or give the --data folder that was labelled"
             )
         photos(image)

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
+import hashlib
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from ferkd.errors import InputError
 
@@ -105,6 +109,22 @@ def joined() -> Iterator[Ranks]:
         yield Ranks(rank, world, local_rank, local_world, device, group)
     finally:
         dist.destroy_process_group()
+
+
+def first_to_say(text: str) -> bool:
+    """Whether this process is the first of torchrun's to say this to people: an error that all of them find is one line.
+
+    True without torchrun, and when it cannot be asked.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    key = f"ferkd said, attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{hashlib.sha256(text.encode()).hexdigest()}"
+    try:
+        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=2.0).close()  # or PyTorch tries on
+        store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=5)))
+        return bool(store.add(key, 1) == 1)
+    except (RuntimeError, ValueError, KeyError, OSError):
+        return True
 
 
 class StopVote:

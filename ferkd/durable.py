@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import socket
 import threading
@@ -75,12 +76,16 @@ _STALE_S = 60.0
 
 
 class JobLock:
-    """One labelling job holds a store: flock on this machine; for others, which may not see it, host, pid and a heartbeat."""
+    """One labelling job holds a store: flock on this machine; for others, which may not see it, host, pid and a heartbeat.
 
-    def __init__(self, path: Path) -> None:
+    `token` stands in the file as long as the lock is held, and names the job to processes that join it.
+    """
+
+    def __init__(self, path: Path, who: str = "another labeller") -> None:
         self._path = path
         self._fd = -1
         self._pid = os.getpid()
+        self.token = secrets.token_hex(8)
         host = socket.gethostname()
         with naming_file(path):
             while True:
@@ -93,8 +98,7 @@ class JobLock:
                     if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                         raise
                     raise StoreError(
-                        f"{path.parent}: another labeller is at work on it ({holder['pid']} on {holder['host']}); "
-                        "let it finish, or stop it first"
+                        f"{path.parent}: {who} is at work on it ({holder['pid']} on {holder['host']}); let it finish, or stop it first"
                     ) from None
                 try:
                     if os.fstat(fd).st_ino == os.stat(path).st_ino:
@@ -105,7 +109,7 @@ class JobLock:
         self._fd = fd
         try:
             self._check_other_host(host)
-            text = json.dumps({"host": host, "pid": os.getpid()}).encode()
+            text = json.dumps({"host": host, "pid": os.getpid(), "job": self.token}).encode()
             with naming_file(path):
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, text, 0)
@@ -167,6 +171,15 @@ def _forget_locks() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_locks)
+
+
+def lock_token(path: Path) -> str | None:
+    """The token of the job that holds a lock, or held it last; None when there is none."""
+    try:
+        holder = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return holder.get("job") if isinstance(holder, dict) else None
 
 
 def _holder(text: bytes) -> dict[str, Any]:

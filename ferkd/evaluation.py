@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,20 +12,25 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from ferkd.data import CenterViews, evaluation_loader, loaded
+from ferkd.data import UNREADABLE, CenterViews, evaluation_loader, loaded
 from ferkd.distributed import Ranks
+from ferkd.errors import InputError
 from ferkd.folders import class_mapping, scan_split
 from ferkd.normalise import Normalise
 from ferkd.teacher import LoadedModel, Preprocessing
 
+log = logging.getLogger(__name__)
+
 
 class Accuracy(NamedTuple):
-    """Shares of the evaluated images, from 0 to 1. `top1_folders` chooses only among the classes that have a folder."""
+    """Shares of the evaluated images, from 0 to 1. `top1_folders` chooses only among the classes that have a folder. `unreadable`: images
+    that are not among the evaluated ones because they cannot be read."""
 
     top1: float
     top5: float
     top1_folders: float
     images: int
+    unreadable: int = 0
 
 
 def evaluate_model(loaded: LoadedModel, data: Path, batch_size: int = 64, workers: int | None = None) -> Accuracy:
@@ -60,15 +66,23 @@ def evaluate(
     normalise = Normalise(preprocessing.input_size, preprocessing.mean, preprocessing.std, device)
     has_folder = torch.from_numpy(np.unique(folder_classes)).to(device)
     hits = torch.zeros(3, dtype=torch.int64, device=device)
-    images = torch.zeros((), dtype=torch.int64, device=device)
+    images, unreadable = torch.zeros(2, dtype=torch.int64, device=device)
     is_decoded = isinstance(views, TensorDataset)
+    names = views.name if isinstance(views, CenterViews) else "image {}".format
     if ranks is not None and ranks.world > 1:
         views = Subset(views, range(ranks.rank, len(views), ranks.world))  # type: ignore[arg-type]
     if is_decoded:
         workers = 0
     elif workers is None:
         workers = min(8, max(0, (os.cpu_count() or 1) - 1))
-    for pixels, targets, _ in loaded(evaluation_loader(views, batch_size, workers)):
+    for pixels, targets, numbers in loaded(evaluation_loader(views, batch_size, workers)):
+        if (targets == UNREADABLE).any():
+            for number in numbers[targets == UNREADABLE].tolist():
+                log.warning("%s: cannot be read, so left out of the evaluation", names(number))
+            unreadable += int((targets == UNREADABLE).sum())
+            pixels, targets = pixels[targets != UNREADABLE], targets[targets != UNREADABLE]
+            if len(targets) == 0:
+                continue
         target = targets.to(device)
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
             logits = model(normalise(pixels.to(device))).float()
@@ -79,5 +93,8 @@ def evaluate(
     if ranks is not None:
         ranks.sum(hits)
         ranks.sum(images)
+        ranks.sum(unreadable)
+    if not images:
+        raise InputError(f"val: none of its {int(unreadable):,} images can be read")
     top1, top5, among_folders = (hits.double() / images).tolist()
-    return Accuracy(top1, top5, among_folders, int(images))
+    return Accuracy(top1, top5, among_folders, int(images), int(unreadable))

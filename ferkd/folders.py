@@ -24,7 +24,7 @@ from ferkd.store import PathTable
 
 log = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"})
+IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif", ".avif", ".jfif"})
 
 # The ImageNet variants that a number of outputs identifies, by timm's names. Within each, class index = place in its list of WordNet ids.
 IMAGENET_VARIANTS = {

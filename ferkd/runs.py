@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import ferkd
-from ferkd.durable import sync_folder
+from ferkd.durable import JobLock, sync_folder
 from ferkd.errors import InputError
 from ferkd.recipes import TrainConfig
 from ferkd.teacher import RUN_WEIGHTS, Preprocessing, save_weights
@@ -33,6 +33,20 @@ CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
 _MAGIC = b"FERKDRUN"
 _SEAL_HEAD = struct.Struct("<8sQQ")  # magic, step, bytes before the seal; then the SHA-256 of those bytes and of these
 _SEAL_SIZE = _SEAL_HEAD.size + hashlib.sha256().digest_size
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Within the block no other training may use the run's folder, which is made if need be. Raises InputError where one does already."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
+    lock = JobLock(path / "lock", "another ferkd train")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class RunFolder:

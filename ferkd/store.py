@@ -24,34 +24,36 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ferkd.crops import CropSettings, draw_crops
-from ferkd.durable import JobLock, naming_file, sync_folder, write_all, write_whole
+from ferkd.crops import CropSettings, draw_crops, drawn_quickly, unpacked_quickly
+from ferkd.durable import JobLock, lock_token, naming_file, sync_folder, write_whole
 from ferkd.errors import InputError, StoreError
-from ferkd.records import MAX_SIDE, BoxCodec, LabelCodec, Records, crop_bytes, label_words, top_probabilities, unpack_boxes, unpack_labels
+from ferkd.records import BoxCodec, LabelCodec, Records, crop_bytes, label_words, top_probabilities, unpack_labels
+from ferkd.shards import ROW, UNIT_IMAGES, ShardRows, ShardWriter, shard_file
+from ferkd.shards import LabelledImage as LabelledImage
 
 if TYPE_CHECKING:
     from ferkd.regions import Confidence, RegionPolicy
 
 FORMAT = "ferkd-store"
 VERSION = 1
-UNIT_IMAGES = 64
 SHARD_BYTES = 64 << 20
+SHARDS = 256
 
-_ROW = struct.Struct("<IHHII")  # target, width, height, CRC32 of the photo, CRC32 of block + row + path
 _ROW_DTYPE = np.dtype([("target", "<u4"), ("width", "<u2"), ("height", "<u2"), ("photo_crc", "<u4"), ("crc", "<u4")])
 _INDEX_HEADER = struct.Struct("<8sIIQQ")  # magic, version, bytes a row, images, bytes of paths
 _INDEX_MAGIC = b"ferkdidx"
-_UNIT_HEADER = struct.Struct("<8sQQQIII")  # magic, job, first image, bytes of payload, images, CRC32 of payload, of the header so far
-_UNIT_MAGIC = b"ferkdunt"
-_ROWS_HEADER = struct.Struct("<8sQQQ32s")  # magic, first image, images, bytes of failures, SHA-256 of the shard
-_ROWS_MAGIC = b"ferkdrow"
+_U4, _U8 = np.dtype("<u4"), np.dtype("<u8")
 _OPEN_SHARDS = 256
 _SCAN_CROPS = 1 << 16
 
 
-def images_a_shard(image_bytes: int) -> int:
-    """The images of a full shard: as many as fit 64 MiB, in whole units of 64, and at least one unit."""
-    return max(UNIT_IMAGES, SHARD_BYTES // image_bytes // UNIT_IMAGES * UNIT_IMAGES)
+def images_a_shard(image_bytes: int, images: int) -> int:
+    """The images of a full shard, in whole units of 64: as many as fit 64 MiB, but of `images` so few that there are up to 256 shards,
+    since shards are what processes that label together share out. It depends on nothing but the job, as a store's bytes must.
+    """
+    by_size = SHARD_BYTES // image_bytes // UNIT_IMAGES * UNIT_IMAGES
+    by_count = -(-images // (SHARDS * UNIT_IMAGES)) * UNIT_IMAGES
+    return max(UNIT_IMAGES, min(by_size, by_count))
 
 
 class PathTable:
@@ -234,16 +236,12 @@ def _read_manifest(store: Path) -> Manifest:
         )
         whole = sum(shard.images for shard in manifest.shards) == manifest.images
         sizes = all(shard.bytes == shard.images * manifest.image_bytes for shard in manifest.shards)
-        files = all(shard.file == _shard_file(i) for i, shard in enumerate(manifest.shards)) and manifest.index.file == "index.bin"
+        files = all(shard.file == shard_file(i) for i, shard in enumerate(manifest.shards)) and manifest.index.file == "index.bin"
     except (KeyError, TypeError, AttributeError, InputError) as error:
         raise StoreError(f"{store / 'manifest.json'}: lacks or misstates {error}; fetch the store again") from error
     if not (whole and sizes and files):
         raise StoreError(f"{store / 'manifest.json'}: its shards do not add up to its {manifest.images:,} images; fetch the store again")
     return manifest
-
-
-def _shard_file(number: int) -> str:
-    return f"shards/shard-{number:05d}.bin"
 
 
 # --- Reading --------------------------------------------------------------------------------------------------------------------
@@ -281,8 +279,11 @@ class ImageLabels:
         if self.width == 0:
             raise StoreError(f"{self.path}: could not be read when the store was made, so it has no crops")
         if self.box_words is not None:
-            return unpack_boxes(self.box_words[crops])
+            return unpacked_quickly(self.box_words[crops])
         crops = np.asarray(crops)
+        drawn = drawn_quickly(self.crop_settings, self.image, crops, len(self.label_words), self.width, self.height)
+        if drawn is not None:
+            return drawn
         if len(crops) and not 0 <= int(crops.min()) <= int(crops.max()) < len(self.label_words):
             raise IndexError(f"crops {crops} of {len(self.label_words)}")
         return draw_crops(self.crop_settings, self.image, crops, self.width, self.height)
@@ -390,8 +391,8 @@ class LabelStore:
             raise StoreError(f"{path}: cannot be opened: {error.strerror}") from error
         found = _INDEX_HEADER.unpack_from(self._index)
         self._rows_at = _INDEX_HEADER.size + 8 * (m.images + 1)
-        self._paths_at = self._rows_at + _ROW.size * m.images
-        if found != (_INDEX_MAGIC, VERSION, _ROW.size, m.images, m.index.bytes - self._paths_at):
+        self._paths_at = self._rows_at + ROW.size * m.images
+        if found != (_INDEX_MAGIC, VERSION, ROW.size, m.images, m.index.bytes - self._paths_at):
             raise StoreError(f"{path}: its header says {found}, which does not fit the manifest's {m.images:,} images; {again}")
         offsets: npt.NDArray[np.uint64] = np.frombuffer(self._index, "<u8", m.images + 1, _INDEX_HEADER.size)
         self.paths = PathTable(self._index, offsets, self._paths_at)
@@ -406,7 +407,7 @@ class LabelStore:
     def entry(self, image: int) -> Entry:
         """What the index says of an image. Only `read` checks it against its CRC32."""
         return Entry(
-            self._path(image).decode("utf-8", "surrogateescape"), *_ROW.unpack_from(self._index, self._rows_at + _ROW.size * image)[:4]
+            self._path(image).decode("utf-8", "surrogateescape"), *ROW.unpack_from(self._index, self._rows_at + ROW.size * image)[:4]
         )
 
     def _path(self, image: int) -> bytes:
@@ -436,16 +437,16 @@ class LabelStore:
         size = self._image_bytes
         shard = self._shard(number)  # held by name, or another thread could make it close between here and the read
         block = os.pread(shard.fd, size, at * size)
-        row_at = self._rows_at + _ROW.size * image
-        row = self._index[row_at : row_at + _ROW.size]
-        target, width, height, photo_crc, expected = _ROW.unpack(row)
+        row_at = self._rows_at + ROW.size * image
+        row = self._index[row_at : row_at + ROW.size]
+        target, width, height, photo_crc, expected = ROW.unpack(row)
         if len(block) != size or zlib.crc32(row[:12] + path, zlib.crc32(block)) != expected:
             raise StoreError(
-                f"{self.path / _shard_file(number)}: the labels of image {image} ({path.decode('utf-8', 'replace')}) do not have the CRC32 "
+                f"{self.path / shard_file(number)}: the labels of image {image} ({path.decode('utf-8', 'replace')}) do not have the CRC32 "
                 f"{expected:08x} that index.bin says: one of the two files was changed; {_REBUILD}"
             )
-        words = np.frombuffer(block, "<u4", offset=self._box_bytes).reshape(self.crops, self.label_width)
-        boxes = np.frombuffer(block, "<u8", self.crops) if self._box_bytes else None
+        words: npt.NDArray[np.uint32] = np.ndarray((self.crops, self.label_width), _U4, block, self._box_bytes)
+        boxes: npt.NDArray[np.uint64] | None = np.ndarray((self.crops,), _U8, block) if self._box_bytes else None
         text = path.decode("utf-8", "surrogateescape")
         return ImageLabels(image, text, target, width, height, photo_crc, words, boxes, self.crop_settings)
 
@@ -552,9 +553,13 @@ class LabelStore:
 def _read_scan(cache: Path, key: bytes, images: int) -> PolicyScan | None:
     """A kept scan, or None when there is none, it is damaged or it is of another store."""
     try:
-        data: npt.NDArray[np.uint8] = np.load(cache, allow_pickle=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data: npt.NDArray[np.uint8] = np.load(cache, allow_pickle=False)
         text = data.tobytes()
-    except (OSError, ValueError, EOFError):
+    except MemoryError:
+        raise
+    except Exception:  # what a damaged header makes of NumPy's parser: SyntaxError, TokenError ...
         return None
     bits = (images + 7) // 8
     if len(text) != 32 + 24 + bits + 4 or text[:32] != key or zlib.crc32(text[:-4]) != int.from_bytes(text[-4:], "little"):
@@ -632,7 +637,7 @@ class StorePlan:
 
     @property
     def shard_images(self) -> int:
-        return images_a_shard(self.image_bytes)
+        return images_a_shard(self.image_bytes, len(self.paths))
 
     def job(self) -> dict[str, Any]:
         """The plan as the manifest's first keys, in JSON's own types."""
@@ -661,26 +666,12 @@ class StorePlan:
         return plain
 
 
-@dataclasses.dataclass(frozen=True)
-class LabelledImage:
-    """One image's answer: size in pixels as cropped, CRC32 of the photo, `box_words` [M] uint64 (None when boxes are replayed) and
-    `label_words` [M, W] uint32. `failure`: why the photo could not be read, in words that are the same in every run; then the words
-    may be None and width and height are written as 0.
-    """
-
-    width: int
-    height: int
-    photo_crc: int
-    box_words: npt.NDArray[np.uint64] | None
-    label_words: npt.NDArray[np.uint32] | None
-    failure: str | None = None
-
-
 class StoreWriter:
     """Writes a store, or goes on with one that was begun: units of 64 images, then whole shards, then index and manifest.
 
     Everything written is safe when the call returns; a kill at any moment loses one unit at most, and the finished store is the same
-    to the byte. A shard that is missing or short in a finished store is written anew.
+    to the byte. A shard that is missing or short in a finished store is written anew. Other processes may write shards of the same job
+    (see `joined_shards`) while this one holds the store's lock.
 
     Raises StoreError when `out` holds something else or another labelling job (it names what differs), when another labeller is at
     work on it, and when nothing can be written (disk full, read-only). Use it as a context manager, or call close().
@@ -689,14 +680,8 @@ class StoreWriter:
     def __init__(self, out: str | os.PathLike[str], plan: StorePlan) -> None:
         self.path, self.plan = Path(out), plan
         self._job = plan.job()
-        self._job_key = int.from_bytes(
-            hashlib.sha256(json.dumps({k: v for k, v in self._job.items() if k != "provenance"}, sort_keys=True).encode()).digest()[:8],
-            "little",
-        )
         self._resumed_with: list[str] = []
-        self._shards = -(-len(plan.paths) // plan.shard_images)
-        self._done: set[int] = set()
-        self._parts: dict[int, _Part] = {}
+        self._shards = ShardWriter(self.path, plan, _job_key(self._job))
         with naming_file(self.path):
             if self.path.exists() and not self.path.is_dir():
                 raise StoreError(f"{self.path}: is a file; give a folder")
@@ -721,9 +706,7 @@ class StoreWriter:
 
     def close(self) -> None:
         """Gives the store free for others. What is written stays."""
-        for part in self._parts.values():
-            part.close()
-        self._parts.clear()
+        self._shards.close()
         self._lock.release()
 
     @property
@@ -731,13 +714,18 @@ class StoreWriter:
         """Whether nothing is left to do: the store has its manifest."""
         return (self.path / "manifest.json").exists()
 
+    @property
+    def token(self) -> str:
+        """What names this run of the job to processes that join it."""
+        return self._lock.token
+
     def _resume(self) -> None:
         job_file, manifest_file = self.path / "job.json", self.path / "manifest.json"
         if manifest_file.exists():
             content = _read_sealed(manifest_file, "label into another folder")
             differences = self._compare(content, manifest_file)
             self._resumed_with = content["resumed_with"]
-            if not self._damaged_shards():
+            if all(self._shards.is_whole(shard) for shard in range(self._shards.shards)):
                 self._clean()
                 return
             self._resumed_with = sorted({*content["resumed_with"], *differences})
@@ -745,179 +733,51 @@ class StoreWriter:
         elif job_file.exists():
             content = _read_sealed(job_file, "delete the folder and label again")
             differences = self._compare(content, job_file)
-            self._resumed_with = sorted({*content["resumed_with"], *differences})
-            if self._resumed_with != content["resumed_with"]:
-                self._write_job(content["provenance"])
             self._job["provenance"] = content["provenance"]
+            self._resumed_with = content["resumed_with"]
+            self.note(differences)
         else:
-            self._write_job(self._job["provenance"])
-        for shard in range(self._shards):
-            if self._is_done(shard):
-                self._done.add(shard)
-                continue
-            part = _Part(self._file(shard, ".part"), self._job_key, *self._range(shard), self.plan.image_bytes)
-            if part.next > part.first:
-                self._parts[shard] = part
-                if part.next > part.last:  # killed between the last unit and the whole shard
-                    self.finish_shard(shard)
+            self._write_job()
+        for shard in range(self._shards.shards):
+            if not self._shards.is_done(shard) and self._shards.next_image(shard) > self._shards.range(shard)[1]:
+                self._shards.finish_shard(shard)  # killed between the last unit and the whole shard
 
-    def _write_job(self, provenance: Any) -> None:
-        write_whole(self.path / "job.json", [_sealed_json({**self._job, "provenance": provenance, "resumed_with": self._resumed_with})])
+    def _write_job(self) -> None:
+        write_whole(self.path / "job.json", [_sealed_json({**self._job, "resumed_with": self._resumed_with})])
+
+    def note(self, differences: Iterable[str]) -> None:
+        """Notes in what the machines of later runs, or of processes that join, differ from the first: part of the finished manifest."""
+        noted = sorted({*self._resumed_with, *differences})
+        if noted != self._resumed_with and not self.finished:
+            self._resumed_with = noted
+            self._write_job()
 
     def _compare(self, found: Mapping[str, Any], file: Path) -> list[str]:
-        """Compares the job found with this one: StoreError for a difference; those that only warn are returned, with this job's value."""
-        told = []
-        for name, there, here in _differences(found, self._job):
-            text = f"{name}: {_short(here)} here, {_short(there)} there"
-            if name.split(".")[:2] in (["provenance", "device"], ["provenance", "software"]) or name in (
-                "provenance.decoder.version",
-                "provenance.resampler.version",
-            ):
-                told.append(text)
-            elif name.startswith("dataset."):
-                raise StoreError(
-                    f"{file}: is of another dataset ({name.split('_')[0].removeprefix('dataset.')} differ); choose another --out"
-                )
-            else:
-                raise StoreError(f"{file}: another labelling job: {text}; use the same settings, or choose another --out")
-        if told:
+        differences = _compare_jobs(found, self._job, file)
+        if differences:
             warnings.warn(
-                f"{self.path}: was begun with other hardware or software ({'; '.join(told)}); "
+                f"{self.path}: was begun with other hardware or software ({'; '.join(text for text in differences.values())}); "
                 "the labels will agree closely, not to the bit",
                 stacklevel=4,
             )
-        return [text.split(" here, ")[0] for text in told]
+        return list(differences)
 
     # -- What there is to do
-
-    def _range(self, shard: int) -> tuple[int, int]:
-        """The shard's first and last image."""
-        first = shard * self.plan.shard_images
-        return first, min(first + self.plan.shard_images, len(self.plan.paths)) - 1
-
-    def _file(self, shard: int, suffix: str) -> Path:
-        return (self.path / _shard_file(shard)).with_suffix(suffix)
 
     def missing(self) -> list[tuple[int, int, int]]:
         """What is left, in order: (shard, the first image that is not safe yet, the shard's last image)."""
         if self.finished:
             return []
-        todo = []
-        for shard in range(self._shards):
-            if shard not in self._done:
-                first, last = self._range(shard)
-                part = self._parts.get(shard)
-                todo.append((shard, part.next if part else first, last))
-        return todo
-
-    def _is_done(self, shard: int) -> bool:
-        rows, shard_file = self._file(shard, ".rows"), self._file(shard, ".bin")
-        if not rows.exists():
-            return False
-        first, last = self._range(shard)
-        size = shard_file.stat().st_size if shard_file.exists() else 0
-        if size == (last - first + 1) * self.plan.image_bytes:
-            return True
-        warnings.warn(f"{shard_file}: {size:,} bytes, which is not the whole shard: it is labelled again", stacklevel=5)
-        with naming_file(rows):
-            rows.unlink()
-        return False
-
-    # -- Units and shards
+        shards = self._shards
+        return [(i, shards.next_image(i), shards.range(i)[1]) for i in range(shards.shards) if not shards.is_done(i)]
 
     def write_unit(self, shard: int, images: Sequence[LabelledImage]) -> None:
-        """Appends the shard's next images: 64, or the shard's last ones. They are safe when this returns.
-
-        Raises InputError for another number of images or words of a wrong shape, and StoreError when nothing can be written; then
-        nothing of the unit counts as written.
-        """
-        part = self._parts.get(shard)
-        if part is None:
-            if shard in self._done or not 0 <= shard < self._shards:
-                raise InputError(f"shard: {shard} is not missing; ask missing()")
-            part = self._parts[shard] = _Part(self._file(shard, ".part"), self._job_key, *self._range(shard), self.plan.image_bytes)
-        wanted = min(UNIT_IMAGES, part.last + 1 - part.next)
-        if len(images) != wanted:
-            raise InputError(f"images: {len(images)}; the next unit of shard {shard} has {wanted}")
-        rows, blocks, failures = [], [], {}
-        for number, image in enumerate(images, part.next):
-            block = self._block(image, number)
-            size = (0, 0) if image.failure is not None else (image.width, image.height)
-            start = _ROW.pack(int(self.plan.targets[number]), *size, image.photo_crc, 0)[:12]
-            crc = zlib.crc32(self.plan.paths.raw(number), zlib.crc32(start, zlib.crc32(block)))
-            rows.append(start + struct.pack("<I", crc))
-            blocks.append(block)
-            if image.failure is not None:
-                failures[str(number)] = image.failure
-        part.append(len(images), b"".join([*rows, *blocks, _failures_json(failures)]))
-
-    def _block(self, image: LabelledImage, number: int) -> bytes:
-        """The image's bytes in its shard: boxes, then labels; zeros when it failed."""
-        plan = self.plan
-        if image.failure is not None:
-            return bytes(plan.image_bytes)
-        if not (1 <= image.width <= MAX_SIDE and 1 <= image.height <= MAX_SIDE):
-            raise InputError(f"image {number}: {image.width} x {image.height} pixels; sides from 1 to {MAX_SIDE:,} can be stored")
-        shape = (plan.crops, label_words(plan.label_codec, plan.k, plan.classes))
-        labels, boxes = image.label_words, image.box_words
-        if labels is None or labels.shape != shape or labels.dtype != np.uint32:
-            raise InputError(
-                f"image {number}: label_words must be uint32 {shape}, not {None if labels is None else (labels.dtype, labels.shape)}"
-            )
-        if plan.box_codec == "replayed":
-            return np.ascontiguousarray(labels, "<u4").tobytes()
-        if boxes is None or boxes.shape != shape[:1] or boxes.dtype != np.uint64:
-            raise InputError(
-                f"image {number}: box_words must be uint64 {shape[:1]}, not {None if boxes is None else (boxes.dtype, boxes.shape)}"
-            )
-        return np.ascontiguousarray(boxes, "<u8").tobytes() + np.ascontiguousarray(labels, "<u4").tobytes()
+        """Appends the shard's next images: see ShardWriter."""
+        self._shards.write_unit(shard, images)
 
     def finish_shard(self, shard: int) -> None:
-        """Turns a shard whose units are all written into its file. Raises InputError when units are missing."""
-        if shard in self._done:
-            return
-        part = self._parts.get(shard)
-        first, last = self._range(shard)
-        if part is None or part.next <= last:
-            raise InputError(f"shard: {shard} lacks images {part.next if part else first} to {last}; write their units first")
-        rows: list[bytes] = []
-        failures: dict[str, str] = {}
-        digest = hashlib.sha256()
-
-        def blocks() -> Iterator[bytes]:
-            for images, payload in part.units():
-                end = images * (_ROW.size + self.plan.image_bytes)
-                rows.append(payload[: images * _ROW.size])
-                failures.update(json.loads(payload[end:] or b"{}"))
-                block = payload[images * _ROW.size : end]
-                digest.update(block)
-                yield block
-
-        write_whole(self._file(shard, ".bin"), blocks())
-        self._write_rows(shard, b"".join(rows), failures, digest.digest())
-        part.close()
-        del self._parts[shard]
-        self._done.add(shard)
-        with naming_file(part.path):
-            part.path.unlink()
-
-    def _write_rows(self, shard: int, rows: bytes, failures: Mapping[str, str], sha256: bytes) -> None:
-        first, last = self._range(shard)
-        why = _failures_json(failures)
-        text = _ROWS_HEADER.pack(_ROWS_MAGIC, first, last + 1 - first, len(why), sha256) + rows + why
-        write_whole(self._file(shard, ".rows"), [text, zlib.crc32(text).to_bytes(4, "little")])
-
-    def _read_rows(self, shard: int) -> tuple[bytes, dict[str, str], str]:
-        path = self._file(shard, ".rows")
-        first, last = self._range(shard)
-        with naming_file(path):
-            text = path.read_bytes()
-        whole = len(text) > _ROWS_HEADER.size and zlib.crc32(text[:-4]) == int.from_bytes(text[-4:], "little")
-        if not whole or _ROWS_HEADER.unpack_from(text)[:3] != (_ROWS_MAGIC, first, last + 1 - first):
-            raise StoreError(f"{path}: is damaged; delete it and run the same ferkd label command to label this shard again")
-        rows_end = _ROWS_HEADER.size + _ROW.size * (last + 1 - first)
-        failures: dict[str, str] = json.loads(text[rows_end:-4] or b"{}")
-        return text[_ROWS_HEADER.size : rows_end], failures, _ROWS_HEADER.unpack_from(text)[4].hex()
+        """Turns a shard whose units are all written into its file: see ShardWriter."""
+        self._shards.finish_shard(shard)
 
     # -- The whole store
 
@@ -929,19 +789,21 @@ class StoreWriter:
         if not self.finished:
             todo = self.missing()
             if todo:
-                raise InputError(f"{self.path}: {len(todo)} of {self._shards} shards are not labelled yet; write them before finish()")
+                raise InputError(
+                    f"{self.path}: {len(todo)} of {self._shards.shards} shards are not labelled yet; write them before finish()"
+                )
             paths = self.plan.paths
             shards = []
             all_rows = []
             reasons: dict[str, str] = {}
-            for shard in range(self._shards):
-                rows, failures, sha256 = self._read_rows(shard)
+            for shard in range(self._shards.shards):
+                rows, failures, sha256 = self._shards.read_rows(shard)
                 all_rows.append(rows)
                 reasons.update({paths[int(image)]: reason for image, reason in failures.items()})
-                images = len(rows) // _ROW.size
-                shards.append(dataclasses.asdict(Shard(_shard_file(shard), images, images * self.plan.image_bytes, sha256)))
+                images = len(rows) // ROW.size
+                shards.append(dataclasses.asdict(Shard(shard_file(shard), images, images * self.plan.image_bytes, sha256.hex())))
             reasons.update({path: reason for path, reason in (failed or {}).items() if path in reasons})
-            head = _INDEX_HEADER.pack(_INDEX_MAGIC, VERSION, _ROW.size, len(paths), int(paths.offsets[-1]))
+            head = _INDEX_HEADER.pack(_INDEX_MAGIC, VERSION, ROW.size, len(paths), int(paths.offsets[-1]))
             offsets = np.ascontiguousarray(paths.offsets, "<u8").tobytes()
             digest, size = hashlib.sha256(), 0
 
@@ -970,16 +832,6 @@ class StoreWriter:
             for name in ("job.json", "job.json.tmp", "index.bin.tmp", "manifest.json.tmp"):
                 (self.path / name).unlink(missing_ok=True)
 
-    def _damaged_shards(self) -> list[int]:
-        """The shards of a finished store that are missing or not of their size."""
-        damaged = []
-        for shard in range(self._shards):
-            first, last = self._range(shard)
-            file = self._file(shard, ".bin")
-            if not file.exists() or file.stat().st_size != (last + 1 - first) * self.plan.image_bytes:
-                damaged.append(shard)
-        return damaged
-
     def _unfinish(self) -> None:
         """Makes a finished store with damaged shards one that is being labelled and lacks just these."""
         manifest = _read_manifest(self.path)
@@ -992,25 +844,57 @@ class StoreWriter:
         rows_at = _INDEX_HEADER.size + 8 * (manifest.images + 1)
         numbers = {path: self.plan.paths.index_of(path) for path in manifest.failed}
         self._job["provenance"] = dict(manifest.provenance)
-        self._write_job(self._job["provenance"])
-        damaged = set(self._damaged_shards())
+        self._write_job()
         for shard, described in enumerate(manifest.shards):
-            if shard in damaged:
-                self._file(shard, ".rows").unlink(missing_ok=True)
+            if not self._shards.is_whole(shard):
+                self._shards.file(shard, ".rows").unlink(missing_ok=True)
                 continue
-            first, last = self._range(shard)
-            rows = data[rows_at + _ROW.size * first : rows_at + _ROW.size * (last + 1)]
+            first, last = self._shards.range(shard)
+            rows = data[rows_at + ROW.size * first : rows_at + ROW.size * (last + 1)]
             failures = {str(numbers[path]): reason for path, reason in manifest.failed.items() if first <= numbers[path] <= last}
-            self._write_rows(shard, rows, failures, bytes.fromhex(described.sha256))
+            self._shards.write_rows(shard, ShardRows(rows, failures, bytes.fromhex(described.sha256)))
         with naming_file(self.path):
             (self.path / "manifest.json").unlink()
             sync_folder(self.path)
 
 
-def _failures_json(failures: Mapping[str, str]) -> bytes:
-    """Why images failed, image number -> reason, in the numbers' order; nothing at all when none did."""
-    ordered = {image: failures[image] for image in sorted(failures, key=int)}
-    return json.dumps(ordered, separators=(",", ":")).encode() if ordered else b""
+def joined_shards(out: str | os.PathLike[str], plan: StorePlan, token: str) -> tuple[ShardWriter, list[str]]:
+    """For a process that joins a job which another one holds: a writer for the shards it is given, and in what its machine differs.
+
+    `token` is the holder's StoreWriter.token. Raises StoreError when the folder is not the one that the holder writes to, or when the two
+    were given different settings, data or teachers.
+    """
+    path = Path(out)
+    if lock_token(path / "lock") != token:
+        raise StoreError(f"{path}: is not the folder that process 0 writes to; every machine must see the same --out, on a disk they share")
+    job = plan.job()
+    differences = _compare_jobs(_read_sealed(path / "job.json", "delete the folder and label again"), job, path / "job.json")
+    return ShardWriter(path, plan, _job_key(job), held_by=token), list(differences)
+
+
+def _job_key(job: Mapping[str, Any]) -> int:
+    """Marks the units of a job: the same for all who work at it, whatever their machines."""
+    settings = json.dumps({key: value for key, value in job.items() if key != "provenance"}, sort_keys=True)
+    return int.from_bytes(hashlib.sha256(settings.encode()).digest()[:8], "little")
+
+
+def _compare_jobs(found: Mapping[str, Any], wanted: Mapping[str, Any], file: Path) -> dict[str, str]:
+    """Compares a job found in `file` with the one wanted: StoreError for a difference. Those that only warn are returned, as they are noted
+    in a manifest (with this job's value), each with its text for people.
+    """
+    told = {}
+    for name, there, here in _differences(found, wanted):
+        text = f"{name}: {_short(here)} here, {_short(there)} there"
+        if name.split(".")[:2] in (["provenance", "device"], ["provenance", "software"]) or name in (
+            "provenance.decoder.version",
+            "provenance.resampler.version",
+        ):
+            told[f"{name}: {_short(here)}"] = text
+        elif name.startswith("dataset."):
+            raise StoreError(f"{file}: is of another dataset ({name.split('_')[0].removeprefix('dataset.')} differ); choose another --out")
+        else:
+            raise StoreError(f"{file}: another labelling job: {text}; use the same settings, or choose another --out")
+    return told
 
 
 def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -1025,59 +909,3 @@ def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[tuple[str,
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-class _Part:
-    """A shard's units while it is being labelled: checksummed, appended one by one. What follows the last whole unit is cut off."""
-
-    def __init__(self, path: Path, job: int, first: int, last: int, image_bytes: int) -> None:
-        self.path, self._job, self.first, self.last, self._image_bytes = path, job, first, last, image_bytes
-        self.next = first
-        self._size = 0
-        self._fd = -1
-        if path.exists():
-            with naming_file(path):
-                self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            for images, payload in self.units():
-                self.next += images
-                self._size += _UNIT_HEADER.size + len(payload)
-
-    def units(self) -> Iterator[tuple[int, bytes]]:
-        """(images, payload) of the whole units, in order, up to the first that is cut short or damaged."""
-        at, image = 0, self.first
-        while image <= self.last:
-            head = os.pread(self._fd, _UNIT_HEADER.size, at)
-            if len(head) < _UNIT_HEADER.size:
-                return
-            magic, job, first, size, images, payload_crc, head_crc = _UNIT_HEADER.unpack(head)
-            if (magic, job, first, head_crc) != (_UNIT_MAGIC, self._job, image, zlib.crc32(head[:-4])):
-                return
-            payload = os.pread(self._fd, size, at + _UNIT_HEADER.size)
-            if len(payload) != size or zlib.crc32(payload) != payload_crc:
-                return
-            yield images, payload
-            image += images
-            at += _UNIT_HEADER.size + size
-
-    def append(self, images: int, payload: bytes) -> None:
-        head = _UNIT_HEADER.pack(_UNIT_MAGIC, self._job, self.next, len(payload), images, zlib.crc32(payload), 0)[:-4]
-        with naming_file(self.path):
-            if self._fd < 0:
-                self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                sync_folder(self.path.parent)
-            try:
-                os.ftruncate(self._fd, self._size)
-                os.lseek(self._fd, self._size, os.SEEK_SET)
-                write_all(self._fd, head + zlib.crc32(head).to_bytes(4, "little") + payload)
-                os.fsync(self._fd)
-            except OSError:
-                with contextlib.suppress(OSError):  # best effort: what is left of the unit would be cut off later anyway
-                    os.ftruncate(self._fd, self._size)
-                raise
-        self._size += _UNIT_HEADER.size + len(payload)
-        self.next += images
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1

@@ -351,7 +351,9 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path}: holds more than tensors, and ferkd never unpickles code. Where you trust it, save its weights alone: "
             "torch.save(model.state_dict(), FILE), or as safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # what a damaged file makes of the unpickler: IndexError, TypeError, struct.error ...
         raise InputError(f"{path}: not a whole PyTorch weights file ({_one_line(error)}); fetch or write it again") from error
     wrappers = ("state_dict_ema", "model_ema", "state_dict", "model")
     if isinstance(content, Mapping):

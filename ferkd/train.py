@@ -30,7 +30,7 @@ from ferkd.mixing import draw_mixing
 from ferkd.process import keep_freed_memory, stop_when_asked
 from ferkd.progress import Progress, check_loggers
 from ferkd.recipes import TrainConfig
-from ferkd.runs import RunFolder
+from ferkd.runs import RunFolder, held
 from ferkd.step import TrainStep, images_a_part
 from ferkd.stream import CropStream, StreamSampler, keyed_hash, plan_phases
 from ferkd.task import AMP_DTYPE, Job, Task, plan_task
@@ -46,14 +46,14 @@ def train(job: Job) -> dict[str, Any]:
     Raises InputError for what cannot be trained, CheckFailed for an online teacher that looks wrong, Stopped after SIGTERM or Ctrl-C
     (everything saved).
     """
-    with joined() as ranks:
+    with joined() as ranks, contextlib.ExitStack() as until_the_end:
         check_loggers(job.loggers)
         if not ranks.is_main:
             job = dataclasses.replace(job, say=lambda line: None)
         if ranks.device.type == "cpu":
             keep_freed_memory()
         try:
-            return _train(job, ranks)
+            return _train(job, ranks, until_the_end)
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"{ranks.device}: out of memory ({str(error).splitlines()[0]}); add --accumulate {2 * job.config.accumulate}, "
@@ -61,7 +61,7 @@ def train(job: Job) -> dict[str, Any]:
             ) from error
 
 
-def _train(job: Job, ranks: Ranks) -> dict[str, Any]:
+def _train(job: Job, ranks: Ranks, until_the_end: contextlib.ExitStack) -> dict[str, Any]:
     config, device = job.config, ranks.device
     cores = (os.cpu_count() or 1) // ranks.local_world
     workers = min(8, max(0, cores - 1)) if config.workers is None else config.workers
@@ -81,6 +81,8 @@ def _train(job: Job, ranks: Ranks) -> dict[str, Any]:
 
     # Where it was broken off, if it was.
     learn = TrainStep(model, preprocessing, config, task, ranks)
+    if ranks.is_main:
+        until_the_end.enter_context(held(job.out))
     run = _run_folder(job, task, stream, ranks)
     checkpoint = run.load_checkpoint(device)
     step, assessed, best, seconds = 0, 0, -1.0, 0.0
@@ -114,6 +116,7 @@ def _train(job: Job, ranks: Ranks) -> dict[str, Any]:
     meter = Meter(ranks)
     vote = StopVote(ranks)
     accuracy: Accuracy | None = None
+    unreadable: set[str] = set()
     started = time.perf_counter()
     with (
         contextlib.closing(Progress(run, stream.total_steps, config.batch_size, job.loggers, config, ranks.is_main)) as progress,
@@ -154,6 +157,9 @@ def _train(job: Job, ranks: Ranks) -> dict[str, Any]:
 
             with meter.waiting():
                 batch = next(batches)
+            for problem in set(batch.unreadable) - unreadable:
+                job.say(f"warning: {problem}; another photograph takes its place")
+            unreadable.update(batch.unreadable)
             rate = config.learning_rate(_epoch(stream, step, epochs_a_step, config))
             learn(batch, stream, step, rate, meter)
             step += 1
@@ -179,7 +185,7 @@ def _train(job: Job, ranks: Ranks) -> dict[str, Any]:
         "student": job.student, "method": task.method, "steps": step, "crops": step * config.batch_size, "seconds": round(seconds, 2),
         "top1": accuracy.top1, "top5": accuracy.top5, "top1_folders": accuracy.top1_folders, "best_top1": best,
         "val_images": accuracy.images, "usable_images": len(task.usable), "stored_regions": task.regions,
-        "policy": dataclasses.asdict(task.policy), "run": str(job.out),
+        "policy": dataclasses.asdict(task.policy), "unreadable": sorted(set().union(*ranks.gathered(unreadable))), "run": str(job.out),
     }  # fmt: skip
     run.write_json("summary.json", summary)
     return summary

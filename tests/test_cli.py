@@ -43,6 +43,16 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
     assert f"Example: ferkd {command}" in text
 
 
+@pytest.mark.parametrize("words", ["convert fkd", "convert ml-dr", "export fkd"])
+def test_every_format_has_help_with_an_example(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*words.split(), "--help") == 0
+    assert f"Example: ferkd {words}" in " ".join(capsys.readouterr().out.split())
+    command = words.split()[0]
+    for wrong in ([command], [command, "tinyvit", "--help"]):
+        assert run(*wrong) == 2
+        assert error_of(capsys).endswith("name the format first: " + {"convert": "fkd, ml-dr", "export": "fkd"}[command])
+
+
 def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--help") == 0
     text = capsys.readouterr().out
@@ -168,14 +178,13 @@ def test_other_errors_show_where_they_came_from(photos: Path, tmp_path: Path, mo
         run("train", "--data", photos, "--out", tmp_path / "run", *FAST)
 
 
-def test_torchrun_is_refused_in_words_where_it_does_not_work(
+def test_half_of_torchruns_environment_is_refused_in_words(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run("label", "--teacher", "python:photos:tiny_net", "--data", photos, "--out", tmp_path / "out") == 2
-    assert "start `ferkd label` without torchrun" in error_of(capsys)
-    assert run("train", "--student", "python:photos:tiny_net", "--data", photos, "--out", tmp_path / "out") == 2
-    assert "WORLD_SIZE: set, but 'RANK' is not; start several processes with torchrun" in error_of(capsys)
+    for model in (["label", "--teacher", "python:photos:tiny_net"], ["train", "--student", "python:photos:tiny_net"]):
+        assert run(*model, "--data", photos, "--out", tmp_path / "out") == 2
+        assert "WORLD_SIZE: set, but 'RANK' is not; start several processes with torchrun" in error_of(capsys)
 
 
 def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:

@@ -13,8 +13,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ferkd.crops import CropSettings, aspect_table, center_view, decode, draw_crops, isqrt, philox, photo_crc, read_photo, take_crop
+import ferkd.crops
+from ferkd.crops import (
+    CropSettings,
+    aspect_table,
+    center_view,
+    decode,
+    draw_crops,
+    isqrt,
+    philox,
+    photo_crc,
+    read_photo,
+    take_crop,
+    unpacked_quickly,
+)
 from ferkd.errors import InputError
+from ferkd.records import unpack_boxes
 
 
 def draw_by_the_page(crops, image, number, width, height):
@@ -87,8 +101,18 @@ VECTORS = [
 ]
 
 
+@pytest.fixture(params=["C++", "NumPy"])
+def implementation(request, monkeypatch):
+    """Each of the two that draw: the extension's, and the one for installations without it."""
+    if request.param == "NumPy":
+        monkeypatch.setattr(ferkd.crops, "_C", None)
+    else:
+        assert ferkd.crops._C is not None, "the extension is not built, or older than its source: python setup.py build_ext --inplace"
+    return request.param
+
+
 @pytest.mark.parametrize(("crops", "image", "size", "number", "box", "flip"), VECTORS)
-def test_draws_are_the_format_pages(crops, image, size, number, box, flip):
+def test_draws_are_the_format_pages(implementation, crops, image, size, number, box, flip):
     boxes, flips = draw_crops(crops, image, np.array([number]), *size)
     assert (boxes.tolist(), flips.tolist()) == ([box], [flip])
     assert draw_by_the_page(crops, image, number, *size) == (box, flip)
@@ -109,32 +133,66 @@ def draws(draw):
 def test_every_draw_is_the_format_pages_and_inside_the_photo(case):
     crops, image, numbers, width, height = case
     boxes, flips = draw_crops(crops, image, np.array(numbers, np.int64), width, height)
-    # Few crops and many are drawn by different code: one after the other in integers, or all at once in arrays.
-    many, many_flips = draw_crops(crops, image, np.array(numbers + [5] * 20, np.int64), width, height)
-    assert (many[: len(numbers)] == boxes).all()
-    assert (many_flips[: len(numbers)] == flips).all()
+    arrays, array_flips = ferkd.crops._draw(crops, image, np.array(numbers, np.int64), width, height)  # without the extension
+    assert (arrays == boxes).all()
+    assert (array_flips == flips).all()
     for number, (left, top, w, h), flip in zip(numbers, boxes.tolist(), flips.tolist(), strict=True):
         assert draw_by_the_page(crops, image, number, width, height) == ([left, top, w, h], flip)
         assert 0 <= left < left + w <= width
         assert 0 <= top < top + h <= height
 
 
-def test_drawing_one_by_one_and_all_at_once_agree_on_many_crops():
+def test_both_implementations_agree_on_many_crops():
     for crops in (CropSettings(seed=5), CropSettings(seed=6, scale=(0.5, 1.0), ratio=(0.25, 4.0), flip=False)):
-        boxes, flips = draw_crops(crops, 2**31, np.arange(400), 333, 111)
-        for first in range(0, 400, 16):
-            some, some_flips = draw_crops(crops, 2**31, np.arange(first, first + 16), 333, 111)
-            assert (some == boxes[first : first + 16]).all()
-            assert (some_flips == flips[first : first + 16]).all()
+        for size in ((333, 111), (1, 1), (32767, 32767), (32767, 1), (7, 5000)):
+            boxes, flips = draw_crops(crops, 2**31, np.arange(4000), *size)
+            arrays, array_flips = ferkd.crops._draw(crops, 2**31, np.arange(4000), *size)
+            assert (boxes == arrays).all()
+            assert (flips == array_flips).all()
 
 
-def test_a_crop_does_not_depend_on_which_others_are_drawn_with_it():
+def test_a_crop_does_not_depend_on_which_others_are_drawn_with_it(implementation):
     crops = CropSettings(seed=3)
     boxes, flips = draw_crops(crops, 9, np.arange(200), 640, 480)
     some = np.array([180, 3, 77])
     found, found_flips = draw_crops(crops, 9, some, 640, 480)
     assert (found == boxes[some]).all()
     assert (found_flips == flips[some]).all()
+    none, no_flips = draw_crops(crops, 9, some[:0], 640, 480)
+    assert (none.shape, none.dtype, no_flips.shape, no_flips.dtype) == ((0, 4), np.int32, (0,), np.bool_)
+    boxes[0] = 0  # they are the caller's
+
+
+def test_wrong_numbers_are_refused(implementation):
+    for image, numbers in ((-1, [0]), (2**32, [0]), (2**70, [0]), (0, [-1]), (0, [2**32]), (0, [3, 2**40])):
+        with pytest.raises(InputError, match="numbers must be from 0 to 4,294,967,295"):
+            draw_crops(CropSettings(), image, np.array(numbers), 30, 20)
+    for numbers in (np.array([[1]]), np.array([0.5]), np.array(1)):
+        with pytest.raises(InputError, match="give the crops' numbers as whole numbers"):
+            draw_crops(CropSettings(), 0, numbers, 30, 20)
+
+
+def test_the_extension_itself_refuses_what_is_out_of_range():
+    words, number = CropSettings().words, np.array([0]).tobytes()
+    good = (words, 0, number, 1, 30, 20)
+    assert len(ferkd.crops._C.draw_crops(*good)) == 17
+    bad = [(words[:-1], 0, number, 1, 30, 20), (words, 0, number[:-1], 1, 30, 20), (words, 0, number, 0, 30, 20)]
+    bad += [(words, 0, number, 1, 0, 20), (words, 0, number, 1, 30, 32768), (words, -1, number, 1, 30, 20)]
+    for arguments in bad:
+        with pytest.raises(ValueError, match="out of range"):
+            ferkd.crops._C.draw_crops(*arguments)
+    with pytest.raises(ValueError, match="out of range"):
+        ferkd.crops._C.unpack_boxes(b"1234567")
+
+
+def test_stored_boxes_come_back_alike(implementation):
+    random = np.random.default_rng(0)
+    words = random.integers(0, 2**61, 500).astype(np.uint64)
+    expected, expected_flips = unpack_boxes(words)
+    boxes, flips = unpacked_quickly(words)
+    assert (boxes == expected).all()
+    assert (flips == expected_flips).all()
+    assert (boxes.dtype, flips.dtype) == (np.int32, np.bool_)
 
 
 def test_crops_are_distributed_as_torchvisions_are():

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tiny_teachers import GREYS
 
-from ferkd import labeling, store
+from ferkd import label_batches, labeling, store
 from ferkd.crops import read_photo, take_crop
 from ferkd.errors import CheckFailed, InputError, Stopped, StoreError
 from ferkd.labeling import LabelSettings, label, plan_job
@@ -61,6 +61,7 @@ def uninterrupted(greys, tmp_path_factory):
 
 def small_shards(patch: pytest.MonkeyPatch) -> None:
     """Two shards: 128 photos and 48."""
+    patch.setattr(store, "SHARDS", 1)
     patch.setattr(store, "SHARD_BYTES", 128 * 7 * (8 + 3 * 4))
 
 
@@ -111,7 +112,7 @@ def test_a_limit_is_spread_over_the_sorted_list(settings):
 
 def test_every_photo_is_decoded_once(settings, monkeypatch):
     read = []
-    monkeypatch.setattr(labeling, "read_photo", lambda path, name: read.append(name) or read_photo(path, name=name))
+    monkeypatch.setattr(label_batches, "read_photo", lambda path, *, name, **how: read.append(name) or read_photo(path, name=name, **how))
     label(settings)
     assert len(read) == len(set(read)) == 176
 
@@ -126,16 +127,16 @@ def test_the_number_of_threads_changes_nothing(settings, uninterrupted, monkeypa
 
 def test_the_teacher_always_sees_whole_batches(settings, monkeypatch):
     rows = []
-    answer = labeling.answer_logits
+    answer = label_batches.answer_logits
 
     def counting(model, how, pixels, autocast):
         rows.append(len(pixels))
         return answer(model, how, pixels, autocast)
 
-    monkeypatch.setattr(labeling, "answer_logits", counting)
+    monkeypatch.setattr(label_batches, "answer_logits", counting)
     label(settings)
     assert set(rows) == {20}
-    assert len(rows) == -(-176 * 7 // 20)
+    assert len(rows) == 23 + 23 + 17  # of shards of 64, 64 and 48 photos
 
 
 # ---- Interruptions
@@ -200,7 +201,7 @@ def test_sigterm_stops_and_the_same_command_goes_on(settings, uninterrupted, mon
     monkeypatch.setattr(labeling, "STOP_SECONDS", patience)  # long: the unit is finished first; none: it is given up
     before = signal.getsignal(signal.SIGTERM)
     sent = []
-    answer = labeling.answer_logits
+    answer = label_batches.answer_logits
 
     def terminate_once(*arguments):
         sent.append(0)
@@ -208,7 +209,7 @@ def test_sigterm_stops_and_the_same_command_goes_on(settings, uninterrupted, mon
             os.kill(os.getpid(), signal.SIGTERM)
         return answer(*arguments)
 
-    monkeypatch.setattr(labeling, "answer_logits", terminate_once)
+    monkeypatch.setattr(label_batches, "answer_logits", terminate_once)
     with pytest.raises(Stopped, match=r"stopped after \d+ of 1,232 crops; start the same command again"):
         label(settings)
     assert signal.getsignal(signal.SIGTERM) is before
@@ -250,7 +251,7 @@ def test_a_bad_photo_is_recorded_and_stops_nothing(settings, greys, tmp_path, un
 
 def test_a_teacher_that_answers_nan_names_photo_and_crop_and_keeps_what_is_done(settings, monkeypatch, uninterrupted):
     small_shards(monkeypatch)
-    answer, calls = labeling.answer_logits, []
+    answer, calls = label_batches.answer_logits, []
 
     def sick(*arguments):
         logits = answer(*arguments).clone()
@@ -259,7 +260,7 @@ def test_a_teacher_that_answers_nan_names_photo_and_crop_and_keeps_what_is_done(
             logits[5] = float("nan")  # crop 29 * 20 + 5 = 585: crop 4 of photo 83
         return logits
 
-    monkeypatch.setattr(labeling, "answer_logits", sick)
+    monkeypatch.setattr(label_batches, "answer_logits", sick)
     with pytest.raises(InputError, match=r"train/g3/17.png: the teacher answers NaN to its crop 4 "):
         label(settings)
     label(settings)
@@ -366,9 +367,10 @@ def test_the_estimate_comes_first_and_the_summary_last(settings):
     assert said[0].startswith("1,232 crops (176 photos x 7) for python:tiny_teachers:grey at 16 px on ")
     assert said[1].startswith("20 bytes a crop (top 3 of 8")
     assert any(line.startswith("measured ") and line.endswith("to come") for line in said)
-    assert said[-3].startswith(f"{settings.out}: 1,232 crops of 176 photos")
-    assert said[-2].startswith("labelled 1,232 crops in ")
-    assert said[-1].startswith("confidence (largest probability): 10% of crops below 0.")
+    assert said[-4].startswith(f"{settings.out}: 1,232 crops of 176 photos")
+    assert said[-3].startswith("labelled 1,232 crops in ")
+    assert said[-2].startswith("confidence (largest probability): 10% of crops below 0.")
+    assert said[-1] == "under the default policy: 0 crops discarded, 0 crops calibrated, 1,232 crops kept"
 
 
 def test_a_refused_teacher_writes_nothing_unless_told_to(settings):
@@ -380,14 +382,14 @@ def test_a_refused_teacher_writes_nothing_unless_told_to(settings):
 
 
 def test_photographs_that_go_away_meanwhile_are_no_failed_ones(settings, monkeypatch):
-    read, gone = labeling.read_photo, settings.data.with_name("gone")
+    read, gone = label_batches.read_photo, settings.data.with_name("gone")
 
     def unplug(path, **options):
         if settings.data.exists():
             settings.data.rename(gone)
         return read(path, **options)
 
-    monkeypatch.setattr(labeling, "read_photo", unplug)
+    monkeypatch.setattr(label_batches, "read_photo", unplug)
     with pytest.raises(InputError, match="is no longer there; bring it back and start the same command again"):
         label(settings)
     monkeypatch.undo()

@@ -40,7 +40,7 @@ ROWS = (
     "000000001e0014004433221140154d49 000000000000000000000000 99efb48e 020000001f0015008877665502677aa6"
     "7b2231223a2263616e6e6f74206265206465636f646564227d 2a701f11"
 )
-UNIT = "6665726b64756e74 3fc58fbb2ff8c255 0000000000000000 9100000000000000 03000000 786ddcd7 ba2a80af"
+UNIT = "6665726b64756e74 908a0d87c46e61c8 0000000000000000 9100000000000000 03000000 786ddcd7 a4b723ce"
 
 
 def page_plan(label_codec):
@@ -103,7 +103,7 @@ def test_the_manifest_is_the_pages(tmp_path):
         "crop_settings": {"seed": 7, "scale": [0.08, 1.0], "ratio": [0.75, 1.3333333333333333], "flip": True},
         "temperature": 1.0,
         "batch_size": 16,
-        "shard_images": 2796160,
+        "shard_images": 64,
         "dataset": {
             "paths_sha256": "e8d3532ef1335717470941d38c6ef8999f2d53952b9e33900298426acf931915",
             "targets_sha256": "4a703711c368bb9ea248151bb9be049ade4b87d4aad250ec2e87ec51904e3804",
@@ -127,7 +127,7 @@ def test_the_manifest_is_the_pages(tmp_path):
             "sha256": "07e1b1c0c25ff9a9447c2cc19487781630255b3cefe47904626bbd1534b4df8a",
         },
         "failed": {"cat/b.png": "cannot be decoded"},
-        "sha256": "6f0e5e659897436f8f0810adea21a8a5ad624b35bfc3ec9ecdee1c4469fbcbd9",
+        "sha256": "5f66b8bbc44cd12dd071d7c9f404290983ae1aaf8dd242dc9fcd852a001963c0",
     }
     digest = json.loads(text)["sha256"].encode()
     assert text.endswith(b'"sha256": "' + digest + b'"\n}\n')
@@ -148,7 +148,7 @@ def test_the_working_files_are_the_pages(tmp_path):
         assert rows[:64] == bytes.fromhex(ROWS.replace(" ", "")[:128])
         assert rows[64:-4] == index[64:112] + reasons
         assert rows[-4:] == bytes.fromhex("2a701f11") == zlib.crc32(rows[:-4]).to_bytes(4, "little")
-        assert set(json.loads((tmp_path / "lock").read_bytes())) == {"host", "pid"}
+        assert set(json.loads((tmp_path / "lock").read_bytes())) == {"host", "pid", "job"}
 
 
 def test_a_reader_written_from_the_page_alone_finds_the_same(tmp_path):
@@ -175,9 +175,22 @@ def test_a_reader_written_from_the_page_alone_finds_the_same(tmp_path):
     assert (ids.tolist(), probs.tolist()) == ([[0], [1]], [[1.0], [0.25]])
 
 
-@pytest.mark.parametrize(("crops", "crop_bytes", "images"), [(200, 28, 11968), (500, 28, 4736), (200, 12, 27904), (500, 40000, 64)])
-def test_shards_hold_about_64_megabytes_in_whole_units(crops, crop_bytes, images):
-    assert images_a_shard(crops * crop_bytes) == images
+@pytest.mark.parametrize(
+    ("crops", "crop_bytes", "images", "a_shard"),
+    [
+        (200, 28, 1_281_167, 5056),
+        (200, 28, 14_000_000, 11968),
+        (500, 28, 14_000_000, 4736),
+        (200, 12, 1 << 40, 27904),
+        (500, 40000, 14_000_000, 64),
+        (200, 28, 1, 64),
+        (200, 28, 16384, 64),
+        (200, 28, 16385, 128),
+    ],
+)
+def test_shards_hold_about_64_megabytes_or_are_some_256(crops, crop_bytes, images, a_shard):
+    assert images_a_shard(crops * crop_bytes, images) == a_shard
+    assert a_shard == max(64, min(67108864 // (crops * crop_bytes), (images + 16383) // 16384 * 64) // 64 * 64)  # the page's formula
 
 
 def test_paths_that_are_not_utf8_survive_to_the_byte(tmp_path):

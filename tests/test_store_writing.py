@@ -35,6 +35,7 @@ def many_shards(monkeypatch):
 @pytest.fixture
 def two_unit_shards(monkeypatch):
     """Shards of two units: 150 images are one shard of 128 and one of 22."""
+    monkeypatch.setattr(ferkd.store, "SHARDS", 1)
     monkeypatch.setattr(ferkd.store, "SHARD_BYTES", small_plan().image_bytes * 128)
 
 

@@ -116,6 +116,23 @@ def test_every_mixing_trains(photos: Path, store: LabelStore, tmp_path: Path, mi
     assert all(0 < line["loss"] < 5 for run in ("run", "hard") for line in lines(tmp_path / run, "train"))
 
 
+def test_two_trainings_of_one_run_are_refused(photos: Path, tmp_path: Path) -> None:
+    """The second says so and touches nothing; a killed one's lock is free."""
+
+    def second(line: str) -> None:
+        if not tried:
+            tried.append(line)
+            with pytest.raises(InputError, match=r"run: another ferkd train is at work on it \(process \d+ on .*\); let it finish"):
+                train(job(photos, tmp_path / "run", resume=True))
+
+    tried: list[str] = []
+    train(dataclasses.replace(job(photos, tmp_path / "run"), say=second))
+    assert tried
+    (tmp_path / "run/lock").write_text('{"host": null, "pid": 1}')
+    train(job(photos, tmp_path / "run", resume=True))
+    assert not (tmp_path / "run/lock").exists()
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -249,19 +266,20 @@ def test_init_starts_from_given_weights(photos: Path, store: LabelStore, tmp_pat
     torch.testing.assert_close(second["0.weight"], first["0.weight"], atol=1e-7, rtol=0)
 
 
-def test_an_evaluation_that_fails_loses_nothing(photos: Path, tmp_path: Path) -> None:
+def test_an_evaluation_that_fails_loses_nothing(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was learnt before it is saved, and the resumed run makes up for it and ends as if nothing had been."""
     train(job(photos, tmp_path / "whole"))
-    broken = write_photos(tmp_path / "data")
-    picture = broken / "val" / "red" / "1.png"
-    whole = picture.read_bytes()
-    picture.write_bytes(b"no picture")
-    with pytest.raises(InputError, match=r"val/red/1\.png: not an image"):
-        train(job(broken, tmp_path / "run"))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise InputError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ferkd.train.evaluate", fail)
+        with pytest.raises(InputError, match="the disk is gone"):
+            train(job(photos, tmp_path / "run"))
     assert (tmp_path / "run" / "checkpoint.pt").exists()
     assert not lines(tmp_path / "run", "eval")
-    picture.write_bytes(whole)
-    train(job(broken, tmp_path / "run", resume=True))
+    train(job(photos, tmp_path / "run", resume=True))
     for name in ("last", "best"):
         assert same_bits(load_file(tmp_path / "run" / f"{name}.safetensors"), load_file(tmp_path / "whole" / f"{name}.safetensors"))
     evaluations = [[(line["step"], line["top1"]) for line in lines(tmp_path / run, "eval")] for run in ("run", "whole")]

@@ -1,7 +1,12 @@
 """Teachers of a few parameters that know grey levels, for python:tiny_teachers:NAME; some make the mistakes that a preflight must find."""
 
+import os
+import time
+
 import torch
 from torch import Tensor, nn
+
+import ferkd.store
 
 LEVELS = 8
 GREYS = [round(20 + 215 * i / (LEVELS - 1)) for i in range(LEVELS)]
@@ -68,3 +73,24 @@ def overconfident() -> tuple[nn.Module, dict]:
     with torch.no_grad():
         teacher.levels[:3] += 10
     return teacher, HALF
+
+
+class SlowGreyTeacher(GreyTeacher):
+    """Takes FERKD_TEST_SECONDS for a batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(float(os.environ.get("FERKD_TEST_SECONDS", "0")))
+        return super().forward(x)
+
+
+def slow() -> tuple[nn.Module, dict]:
+    """With FERKD_TEST_SHARDS the store has about so many."""
+    ferkd.store.SHARDS = int(os.environ.get("FERKD_TEST_SHARDS", ferkd.store.SHARDS))
+    return SlowGreyTeacher(), HALF
+
+
+def nine() -> tuple[nn.Module, dict]:
+    """A teacher with a class more."""
+    teacher = GreyTeacher()
+    teacher.levels = nn.Parameter(torch.cat([teacher.levels, torch.ones(1)]))
+    return teacher, {**HALF, "classes": [*(f"g{i}" for i in range(LEVELS)), "more"]}
