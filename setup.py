@@ -141,7 +141,7 @@ ext_modules, cmdclass = extensions()
 setup(
     packages=[*find_packages(include=["ferkd", "ferkd.*"]), "ferkd.kernels"],
     package_dir={"ferkd.kernels": "kernels"},
-    package_data={"ferkd": ["py.typed"]},
+    package_data={"ferkd": ["py.typed"], "ferkd.pages": ["*.css", "*.js"]},
     ext_modules=ext_modules,
     cmdclass=cmdclass,
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if ext_modules else {},

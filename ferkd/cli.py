@@ -42,6 +42,7 @@ COMMANDS = {
     "convert": "turn label files of FKD or ml-dr into a store",
     "export": "write a store as files that FKD's training script reads",
     "merge": "average stores over the same crops",
+    "report": "one HTML page of training runs, side by side",
     "demo": "the whole way on a small dataset, with a table and pictures",
 }
 
@@ -75,40 +76,60 @@ class InspectSettings:
     store: Annotated[Path, tyro.conf.Positional]
     """The label store."""
     policy: RegionPolicy = RegionPolicy()
+    thresholds: Literal["probability", "quantile"] = "probability"
+    """Whether thresholds are probabilities or shares of the store's crops: --discard-below 0.1 then means the lowest tenth. Reads the
+    store twice."""
     data: Path | None = None
     """The dataset's folder, to draw crops on its photographs."""
     pictures: Path | None = None
     """Folder for pictures: the confidence histogram, and with --data the crops."""
+    page: Path | None = None
+    """File for one self-contained HTML page: the same, and thresholds to be chosen with sliders."""
 
 
 def inspect(arguments: Sequence[str]) -> None:
-    """Count a store's crops by region, confidence and scale under a policy, before training with it.
+    """Count a store's crops by region, confidence and scale under a policy, and what other thresholds would do, before training.
 
-    Example: ferkd inspect labels --discard-below 0.1 --calibrate-below 0.3 --data photos --pictures inspected
+    Example: ferkd inspect labels --discard-below 0.1 --calibrate-below 0.3 --data photos --pictures inspected --page inspected.html
     """
-    from ferkd.report import confidence_picture, crops_picture, statistics_json, statistics_table, store_statistics
+    from ferkd.inspection import inspect_store, say_progress
+    from ferkd.pages.page import check_page_path, write_page
+    from ferkd.pages.store_page import store_page
+    from ferkd.quantiles import quantile_line, quantile_policy
+    from ferkd.report import confidence_picture, crops_picture, inspection_table
     from ferkd.store import LabelStore
 
     settings, output = _parse(inspect, InspectSettings, arguments)
-    if settings.data and not settings.pictures:
-        raise InputError("--data draws crops on photographs: add --pictures FOLDER to say where the pictures go")
-    store = LabelStore(settings.store)
-    statistics = store_statistics(store, settings.policy)
-    pictures = []
+    if settings.data and not (settings.pictures or settings.page):
+        raise InputError("--data draws crops on photographs: add --pictures FOLDER or --page FILE.html to say where they go")
+    if settings.page:
+        check_page_path(settings.page)
+    store, policy, quantiles = LabelStore(settings.store), settings.policy, ""
+    if settings.thresholds == "quantile":
+        policy = quantile_policy(store, policy)
+        quantiles = quantile_line(policy, store)
+    inspection = inspect_store(store, policy, say_progress(len(store)))
+    photos = settings.data / "train" if settings.data else None
+    written = []
     if settings.pictures:
-        pictures.append(settings.pictures / "confidence.png")
-        confidence_picture(statistics, pictures[-1])
-    if settings.pictures and settings.data:
-        pictures.append(settings.pictures / "crops.png")
-        crops_picture(store, settings.data / "train", settings.policy, pictures[-1])
+        written.append(settings.pictures / "confidence.png")
+        confidence_picture(inspection, written[-1])
+    if settings.pictures and photos:
+        written.append(settings.pictures / "crops.png")
+        crops_picture(store, photos, policy, written[-1])
+    if settings.page:
+        written.append(settings.page)
+        write_page(settings.page, store_page(store, inspection, photos, quantiles))
     if output.json:
-        print(json.dumps({"store": str(settings.store), **statistics_json(statistics), "pictures": [str(picture) for picture in pictures]}))
+        print(json.dumps({"store": str(settings.store), **inspection.as_json(), "written": [str(path) for path in written]}))
     else:
         answers = f"top {store.k} of {store.classes:,} classes, {store.manifest.crop_bytes} bytes a crop"
         print(f"{settings.store}: {len(store):,} images x {store.crops} crops, {answers}")
-        print(statistics_table(statistics))
-        for picture in pictures:
-            print(f"wrote {picture}")
+        if quantiles:
+            print(quantiles)
+        print(inspection_table(inspection))
+        for path in written:
+            print(f"wrote {path}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,6 +356,40 @@ def merge(arguments: Sequence[str]) -> None:
     _print_store(run(settings, to_stderr), output)
 
 
+@dataclasses.dataclass(frozen=True)
+class ReportSettings:
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of runs (the --out of ferkd train), finished or not."""
+    out: Path = Path("report.html")
+    """The page. One that is there is replaced."""
+    data: Path | None = None
+    """The dataset's folder, to show photographs with their crops; goes with --labels."""
+    labels: Path | None = None
+    """The store that runs learnt from."""
+
+    def __post_init__(self) -> None:
+        if (self.data is None) != (self.labels is None):
+            raise InputError("--data and --labels go together: photographs, and the store whose crops are shown on them")
+
+
+def report(arguments: Sequence[str]) -> None:
+    """Write one self-contained HTML page about runs: curves, regions, speed, what differs between their settings.
+
+    Example: ferkd report runs/fkd runs/ferkd --out report.html --data photos --labels labels
+    """
+    from ferkd.pages.page import check_page_path, write_page
+    from ferkd.pages.runs_page import runs_page
+    from ferkd.store import LabelStore
+
+    settings, output = _parse(report, ReportSettings, arguments)
+    if not settings.runs:
+        raise InputError("give at least one folder of a run")
+    check_page_path(settings.out)
+    store = LabelStore(settings.labels) if settings.labels else None
+    write_page(settings.out, runs_page(settings.runs, store, settings.data / "train" if settings.data else None))
+    print(json.dumps({"page": str(settings.out)}) if output.json else f"wrote {settings.out}")
+
+
 def demo(arguments: Sequence[str]) -> None:
     """Train a small teacher, label, inspect, and compare hard labels, FKD and FerKD; on digits, or on your photographs.
 
@@ -358,6 +413,7 @@ FUNCTIONS: dict[str, Callable[[Sequence[str]], None]] = {
     "convert": convert,
     "export": export,
     "merge": merge,
+    "report": report,
     "demo": demo,
 }
 

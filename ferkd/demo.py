@@ -21,10 +21,14 @@ import numpy as np
 from torch import Tensor, nn
 
 from ferkd.errors import InputError
+from ferkd.inspection import inspect_store
 from ferkd.labeling import LabelSettings, label
+from ferkd.pages.page import write_page
+from ferkd.pages.runs_page import runs_page
+from ferkd.pages.store_page import store_page
 from ferkd.recipes import TrainConfig, small_images
 from ferkd.regions import RegionPolicy
-from ferkd.report import confidence_picture, crops_picture, curves_picture, statistics_json, statistics_table, store_statistics
+from ferkd.report import confidence_picture, crops_picture, curves_picture, inspection_table
 from ferkd.train import Job, train
 
 TRAIN_IMAGES = 1000
@@ -101,10 +105,11 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
         store = label(asked)
         assert store is not None
     with _step("inspect the labels", timings):
-        counted = store_statistics(store, settings.policy)
-        print(statistics_table(counted), flush=True)
+        counted = inspect_store(store, settings.policy)
+        print(inspection_table(counted), flush=True)
         confidence_picture(counted, out / "confidence.png")
         crops_picture(store, data / "train", settings.policy, out / "crops.png")
+        write_page(out / "labels.html", store_page(store, counted, data / "train"))
 
     methods: dict[str, tuple[Path | None, TrainConfig]] = {
         "hard labels": (None, recipe),
@@ -122,17 +127,18 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
             results[method].append(summary["top1"])
             runs.append(run)
     curves_picture(runs, out / "curves.png")
+    write_page(out / "report.html", runs_page(runs, store, data / "train"))
 
     table = comparison(results)
     print("\n" + table)
     print("\n" + "\n".join(f"{entry['seconds']:7.1f} s  {entry['step']}" for entry in timings))
     seconds = time.perf_counter() - started
-    print(f"{seconds:7.1f} s  in all; peak memory {_peak_gib():.1f} GiB; table, pictures, labels and runs are in {out}/", flush=True)
+    print(f"{seconds:7.1f} s  in all; peak memory {_peak_gib():.1f} GiB; table, pictures, pages, labels and runs are in {out}/", flush=True)
     figures = {
         "top1": results,
         "seconds": round(seconds, 1),
         "steps": timings,
-        "inspection": statistics_json(counted),
+        "inspection": counted.as_json(),
         "peak_gib": _peak_gib(),
     }
     (out / "table.txt").write_text(table + "\n")

@@ -29,6 +29,14 @@ def quantile_policy(store: LabelStore, policy: RegionPolicy) -> RegionPolicy:
     return dataclasses.replace(policy, discard_below=below, calibrate_below=calibrate, discard_above=above)
 
 
+def quantile_line(policy: RegionPolicy, store: LabelStore) -> str:
+    """For people: the probabilities that the quantiles meant."""
+    return (
+        f"thresholds: discard_below {policy.discard_below:.6g}, calibrate_below {policy.calibrate_below:.6g}, "
+        f"discard_above {policy.discard_above:.6g} are these quantiles of {store.path}"
+    )
+
+
 def threshold(counts: npt.NDArray[np.int64], share: float) -> float:
     """The smallest counted probability below which at least `share` of the crops lie; 0 and 1 are themselves."""
     if share in (0.0, 1.0):

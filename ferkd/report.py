@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ import torch
 from ferkd.crops import take_crop
 from ferkd.data import PhotoFiles
 from ferkd.errors import InputError
-from ferkd.regions import BANDS, SCALES, Region, RegionPolicy, RegionStatistics, confidence_of, region_of
+from ferkd.inspection import BANDS, SCALES, Inspection, sample_crops, sample_images
+from ferkd.regions import Region, RegionPolicy, confidence_of, region_of
 from ferkd.store import LabelStore
 
 if TYPE_CHECKING:
@@ -24,81 +25,74 @@ COLOURS = {Region.DISCARDED: "#d1495b", Region.CALIBRATED: "#edae49", Region.KEP
 METHOD_COLOURS = {"hard labels": "#5c6b73", "FKD": "#30638e", "FerKD": "#d1495b"}
 
 
-def store_statistics(store: LabelStore, policy: RegionPolicy, progress: Callable[[int], None] | None = None) -> RegionStatistics:
-    """Read every stored label once and count regions, confidence bands and crop scales under `policy`."""
-    statistics = RegionStatistics(policy)
-    numbers = np.arange(store.crops)
-    for image in range(len(store)):
-        entry = store.entry(image)
-        if entry.width == 0:
-            continue  # could not be read when it was labelled
-        labels = store.read(image)
-        ids, probs = store.unpack(labels.label_words)
-        boxes, _ = labels.boxes(numbers)
-        scale = boxes[:, 2].astype(np.float64) * boxes[:, 3] / (entry.width * entry.height)
-        statistics.add_image(torch.from_numpy(ids), torch.from_numpy(probs), labels.target, torch.from_numpy(scale).float(), store.classes)
-        if progress and image % 1000 == 999:
-            progress(image + 1)
-    return statistics
-
-
-def statistics_table(statistics: RegionStatistics) -> str:
-    """The counts as text: by region, by confidence band, by crop scale. Agreement: the teacher's first answer is the ground truth."""
-    policy, crops = statistics.policy, max(1, statistics.crops)
+def inspection_table(inspection: Inspection) -> str:
+    """The counts as text: by region, by confidence band, by crop scale, and for candidate thresholds. Agreement: the teacher's first
+    answer is the ground truth."""
+    policy, crops = inspection.policy, max(1, inspection.crops)
     lines = [
-        f"{statistics.crops:,} crops of {statistics.images:,} images; {statistics.images_without_survivor:,} images have no crop left",
-        f"policy: discard below {policy.discard_below}, calibrate below {policy.calibrate_below}, discard above {policy.discard_above}, "
-        f"confidence {policy.confidence}",
+        f"{inspection.crops:,} crops of {inspection.images:,} images; {inspection.images_without_survivor:,} images have no crop left"
+        + (f"; {inspection.unreadable:,} could not be read when they were labelled" if inspection.unreadable else ""),
+        f"policy: discard below {policy.discard_below:.6g}, calibrate below {policy.calibrate_below:.6g}, discard above "
+        f"{policy.discard_above:.6g}, confidence {policy.confidence}",
         "",
         f"{'region':<12}{'crops':>14}{'share':>9}{'agreement':>12}",
     ]
     lines += [
-        f"{region.name.lower():<12}{int(count):>14,}{count / crops:>9.1%}{_share(agree, count):>12}"
-        for region, count, agree in zip(Region, statistics.regions, statistics.region_agree, strict=True)
+        f"{region.name.lower():<12}{count:>14,}{count / crops:>9.1%}{share(agree, count):>12}"
+        for region, count, agree in zip(Region, inspection.regions, inspection.region_agree, strict=True)
     ]
     lines += ["", f"{'confidence':<12}{'crops':>14}{'share':>9}{'agreement':>12}"]
-    largest = max(1, int(statistics.band_crops.max()))
-    for band in range(BANDS):
-        count = int(statistics.band_crops[band])
+    largest = max(1, int(inspection.by_confidence.crops.max()))
+    for band, (count, agree) in enumerate(zip(inspection.by_confidence.crops, inspection.by_confidence.agree, strict=True)):
         bar = "#" * round(30 * count / largest)
-        agreement = _share(statistics.band_agree[band], count)
-        lines.append(f"{band / BANDS:.2f}-{(band + 1) / BANDS:.2f}   {count:>14,}{count / crops:>9.1%}{agreement:>12}  {bar}")
+        lines.append(f"{band / BANDS:.2f}-{(band + 1) / BANDS:.2f}   {count:>14,}{count / crops:>9.1%}{share(agree, count):>12}  {bar}")
     lines += ["", f"{'crop scale':<12}{'crops':>14}{'share':>9}{'agreement':>12}{'mean confidence':>18}"]
-    for place, (low, high) in enumerate(itertools.pairwise(SCALES)):
-        count = int(statistics.scale_crops[place])
+    by_scale = inspection.by_scale
+    for (low, high), count, agree, confidence in zip(
+        itertools.pairwise(SCALES), by_scale.crops, by_scale.agree, by_scale.confidence, strict=True
+    ):
         if count:
-            mean = float(statistics.scale_confidence[place]) / count
-            lines.append(
-                f"{low:.2f}-{high:.2f}   {count:>14,}{count / crops:>9.1%}{_share(statistics.scale_agree[place], count):>12}{mean:>18.1%}"
+            mean = confidence / count
+            lines.append(f"{low:.2f}-{high:.2f}   {count:>14,}{count / crops:>9.1%}{share(agree, count):>12}{mean:>18.1%}")
+    return "\n".join([*lines, "", *_candidates_table(inspection)])
+
+
+def _candidates_table(inspection: Inspection) -> list[str]:
+    """Each pair of thresholds on a line, by either confidence: the share of crops in each region, and their agreement."""
+    crops = max(1, inspection.crops)
+    head = "".join(f"{region.name.lower():>13}" for region in Region)
+    lines = [
+        "What other thresholds would do: share of the crops (the teacher's agreement in them)",
+        " " * 18 + "".join(f"  by --confidence {kind}".ljust(3 * 13 + 2) for kind in inspection.counts).rstrip(),
+        f"{'discard':>7} {'calibrate':>9} " + ("  " + head) * len(inspection.counts),
+    ]
+    for candidates in zip(*(inspection.candidates(kind) for kind in inspection.counts), strict=True):
+        policy = candidates[0].policy
+        calibrate = f"< {policy.calibrate_below:g}" if policy.calibrate_below else "-"
+        line = f"{f'< {policy.discard_below:g}' if policy.discard_below else '-':>7} {calibrate:>9} "
+        for candidate in candidates:
+            line += "  " + "".join(
+                f"{f'{count / crops:.0%} ({share(agree, count, 0)})':>13}"
+                for count, agree in zip(candidate.crops, candidate.agree, strict=True)
             )
-    return "\n".join(lines)
+        lines.append(line)
+    return lines
 
 
-def statistics_json(statistics: RegionStatistics) -> dict[str, Any]:
-    """The same counts for programs."""
-    return {
-        "images": statistics.images, "images_without_survivor": statistics.images_without_survivor, "crops": statistics.crops,
-        "regions": {region.name.lower(): int(n) for region, n in zip(Region, statistics.regions, strict=True)},
-        "region_agree": {region.name.lower(): int(n) for region, n in zip(Region, statistics.region_agree, strict=True)},
-        "band_crops": statistics.band_crops.tolist(), "band_agree": statistics.band_agree.tolist(), "scale_edges": list(SCALES),
-        "scale_crops": statistics.scale_crops.tolist(), "scale_agree": statistics.scale_agree.tolist(),
-    }  # fmt: skip
-
-
-def confidence_picture(statistics: RegionStatistics, path: Path) -> None:
+def confidence_picture(inspection: Inspection, path: Path) -> None:
     """Histogram of confidence with the thresholds, and below it the teacher's agreement with the ground truth by band."""
     figure = _figure(7.0, 5.0)
     histogram, agreement = figure.subplots(2, 1, sharex=True, height_ratios=[1.2, 1.0])
     centres = (np.arange(BANDS) + 0.5) / BANDS
-    counts, agree = statistics.band_crops.numpy(), statistics.band_agree.numpy()
-    share = counts / max(1, counts.sum())
-    region = region_of(torch.from_numpy(centres).float(), statistics.policy)
-    histogram.bar(centres, share, width=0.9 / BANDS, color=[COLOURS[Region(int(r))] for r in region])
+    counts, agree = inspection.by_confidence.crops, inspection.by_confidence.agree
+    shares = counts / max(1, counts.sum())
+    region = region_of(torch.from_numpy(centres).float(), inspection.policy)
+    histogram.bar(centres, shares, width=0.9 / BANDS, color=[COLOURS[Region(int(r))] for r in region])
     agreement.bar(centres, np.divide(agree, counts, out=np.zeros(BANDS), where=counts > 0), width=0.9 / BANDS, color="#30638e")
-    if statistics.policy.confidence == "max":
+    if inspection.policy.confidence == "max":
         agreement.plot([0, 1], [0, 1], linewidth=1, color="#999999", linestyle="--", label="a teacher as right as it is confident")
         agreement.legend(fontsize=8, frameon=False, loc="upper left")
-    policy = statistics.policy
+    policy = inspection.policy
     for axes in (histogram, agreement):
         for threshold, name in (
             (policy.discard_below, "discard below"),
@@ -110,7 +104,7 @@ def confidence_picture(statistics: RegionStatistics, path: Path) -> None:
                 if axes is histogram:
                     axes.text(threshold, histogram.get_ylim()[1], f" {name} {threshold:g}", fontsize=7, va="top", rotation=90)
     for value, colour in COLOURS.items():
-        histogram.bar(0, 0, color=colour, label=f"{value.name.lower()} {int(statistics.regions[value]) / max(1, statistics.crops):.1%}")
+        histogram.bar(0, 0, color=colour, label=f"{value.name.lower()} {inspection.regions[value] / max(1, inspection.crops):.1%}")
     histogram.legend(fontsize=8, frameon=False)
     histogram.set_ylabel("share of crops")
     agreement.set_ylabel("teacher is right")
@@ -125,9 +119,7 @@ def crops_picture(store: LabelStore, photos: Path, policy: RegionPolicy, path: P
 
     `photos` is the folder the store's paths are relative to. The crops of an image run from its least to its most confident one.
     """
-    known = [
-        image for image in np.linspace(0, len(store) - 1, min(images, len(store))).round().astype(int) if store.entry(int(image)).width
-    ]
+    known = sample_images(store, images)
     if not known:
         raise InputError(f"{store.path}: none of its images could be read when it was labelled, so there is nothing to draw")
     from matplotlib.patches import Patch, Rectangle
@@ -135,14 +127,14 @@ def crops_picture(store: LabelStore, photos: Path, policy: RegionPolicy, path: P
     source = PhotoFiles(photos, store)
     figure = _figure(1.5 * (crops + 1.6), 1.85 * len(known))
     grid = figure.subplots(len(known), crops + 1, squeeze=False, width_ratios=[1.6] + [1.0] * crops)
-    for row, image in zip(grid, map(int, known), strict=True):
+    for row, image in zip(grid, known, strict=True):
         labels, photo = store.read(image), source(image)
         ids, probs = store.unpack(labels.label_words)
         confidence = confidence_of(
             torch.from_numpy(ids), torch.from_numpy(probs), torch.full((store.crops,), labels.target), store.classes, policy.confidence
         )
         region = region_of(confidence, policy)
-        chosen = np.argsort(confidence.numpy(), kind="stable")[np.linspace(0, store.crops - 1, min(crops, store.crops)).round().astype(int)]
+        chosen = sample_crops(confidence.numpy(), crops)
         boxes, flips = labels.boxes(chosen)
         row[0].imshow(photo.permute(1, 2, 0).numpy())
         row[0].set_title(f"{_short(store.class_names[labels.target])}", fontsize=8)
@@ -210,8 +202,9 @@ def _save(figure: Figure, path: Path, bottom: float = 0.0) -> None:
     figure.savefig(path)
 
 
-def _share(part: torch.Tensor | int, whole: torch.Tensor | int) -> str:
-    return f"{float(part) / float(whole):.1%}" if whole else "-"
+def share(part: int, whole: int, digits: int = 1) -> str:
+    """A share as people read it; a dash for one of nothing."""
+    return f"{part / whole:.{digits}%}" if whole else "-"
 
 
 def _short(name: str, length: int = 24) -> str:

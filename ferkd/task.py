@@ -29,7 +29,7 @@ from ferkd.errors import InputError
 from ferkd.folders import Split, check_same_classes, scan_split
 from ferkd.online import OnlineTeacher, check_online_teacher, load_online_teacher
 from ferkd.progress import print_line
-from ferkd.quantiles import quantile_policy
+from ferkd.quantiles import quantile_line, quantile_policy
 from ferkd.recipes import TrainConfig
 from ferkd.regions import Region, RegionPolicy
 from ferkd.runs import Resume
@@ -81,11 +81,8 @@ class Task:
 
     @property
     def method(self) -> str:
-        """What the settings amount to: hard labels, FKD (every label trusted) or FerKD (some discarded or calibrated)."""
-        if self.store is None and self.teacher is None:
-            return "hard labels"
-        rule = "FerKD" if self.policy.discards or self.policy.calibrate_below > 0 else "FKD"
-        return rule if self.store else f"online {rule}"
+        """What the settings amount to."""
+        return method_name(self.policy, self.store is not None, self.teacher is not None)
 
     def identity(self) -> dict[str, Any]:
         """What makes a run of this task this run and no other, besides its settings."""
@@ -124,6 +121,14 @@ class Task:
             return views
         pixels, targets, numbers = zip(*(views[i] for i in range(len(views))), strict=True)
         return TensorDataset(torch.stack(pixels), torch.tensor(targets), torch.tensor(numbers))
+
+
+def method_name(policy: RegionPolicy, has_store: bool, has_teacher: bool) -> str:
+    """hard labels, FKD (every label trusted) or FerKD (some discarded or calibrated)."""
+    if not (has_store or has_teacher):
+        return "hard labels"
+    rule = "FerKD" if policy.discards or policy.calibrate_below > 0 else "FKD"
+    return rule if has_store else f"online {rule}"
 
 
 def fresh_crops(config: TrainConfig) -> CropSettings:
@@ -189,10 +194,7 @@ def _from_store(job: Job, store: LabelStore, val: Split) -> Task:
     policy = job.config.policy
     if job.config.thresholds == "quantile":
         policy = quantile_policy(store, policy)
-        job.say(
-            f"thresholds: discard_below {policy.discard_below:.6g}, calibrate_below {policy.calibrate_below:.6g}, "
-            f"discard_above {policy.discard_above:.6g} are these quantiles of {store.path}"
-        )
+        job.say(quantile_line(policy, store))
     scan = store.scan(policy)
     return Task(
         classes=tuple(store.class_names),

@@ -170,6 +170,7 @@ def _train(job: Job, ranks: Ranks, until_the_end: contextlib.ExitStack) -> dict[
                     "step": step,
                     "epoch": round(step * epochs_a_step, 4),
                     "crops": step * config.batch_size,
+                    "seconds": round(seconds + time.perf_counter() - started, 3),
                     "lr": rate,
                 }
                 steps = meter.steps

@@ -56,6 +56,14 @@ def test_ferkd_ext_0_builds_nothing_and_says_so(run_setup):
     assert "FERKD_EXT=0: no extension is built; ferkd_loss has only its `reference` backend" in said
 
 
+def test_everything_that_pages_are_made_of_is_shipped(run_setup):
+    called, _ = run_setup(FERKD_EXT="0")
+    assert "ferkd.pages" in called["packages"]
+    patterns = called["package_data"]["ferkd.pages"]
+    for file in (ROOT / "ferkd" / "pages").iterdir():
+        assert file.suffix == ".py" or file.is_dir() or any(file.match(pattern) for pattern in patterns), file
+
+
 def test_ferkd_cuda_0_builds_the_cpu_part_alone(run_setup):
     called, said = run_setup(FERKD_CUDA="0")
     assert [module.name for module in called["ext_modules"]] == ["ferkd._C"]

@@ -91,6 +91,19 @@ def test_flags_change_a_recipe(photos: Path, tmp_path: Path) -> None:
     assert (config["lr"], config["epochs"], config["weight_decay"], config["cache"]) == (0.01, 2.0, 5e-4, "decoded")
 
 
+def test_pages_of_a_store_and_of_a_run(photos: Path, store: LabelStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "pages" / "inspected.html"
+    assert run("inspect", store.path, "--thresholds", "quantile", "--discard-below", "0.1", "--data", photos, "--page", page, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["written"] == [str(page)]
+    assert "are these quantiles of" in page.read_text()
+    assert run("train", "--data", photos, "--labels", store.path, "--out", tmp_path / "run", *FAST, "--json") == 0
+    trained = json.loads(capsys.readouterr().out)
+    out = tmp_path / "report.html"
+    assert run("report", tmp_path / "run", "--data", photos, "--labels", store.path, "--out", out) == 0
+    assert capsys.readouterr().out == f"wrote {out}\n"
+    assert f"{trained['top1']:.2%}" in out.read_text()
+
+
 def test_inspect_counts_and_draws(photos: Path, store: LabelStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     policy = ["--discard-below", "0.5", "--calibrate-below", "0.7", "--confidence", "target"]
     assert run("inspect", store.path, *policy, "--data", photos, "--pictures", tmp_path / "pictures") == 0
@@ -99,6 +112,7 @@ def test_inspect_counts_and_draws(photos: Path, store: LabelStore, tmp_path: Pat
     assert "discarded" in text
     for name in ("confidence.png", "crops.png"):
         assert (tmp_path / "pictures" / name).read_bytes().startswith(b"\x89PNG")
+    assert "What other thresholds would do" in text
     assert run("inspect", store.path, *policy, "--json") == 0
     counted = json.loads(capsys.readouterr().out)
     assert sum(counted["regions"].values()) == 288 == sum(counted["band_crops"]) == sum(counted["scale_crops"])
@@ -116,7 +130,10 @@ def test_wrong_input_is_one_line_and_status_2(photos: Path, store: LabelStore, t
     cases = [
         (["inspect", tmp_path / "nothing"], "no such folder; give the folder that ferkd label wrote"),
         (["inspect", store.path, "--discard-below", "0.5", "--calibrate-below", "0.2"], "calibrate_below: 0.2 is below discard_below 0.5"),
-        (["inspect", store.path, "--data", photos], "add --pictures FOLDER"),
+        (["inspect", store.path, "--data", photos], "add --pictures FOLDER or --page FILE.html"),
+        (["inspect", store.path, "--page", tmp_path / "page.png"], "page.png: a page's name ends with .html"),
+        (["inspect", store.path, "--page", "/proc/none/page.html"], "/proc/none: No such file or directory"),
+        (["report", tmp_path / "nothing"], "nothing: no such folder; give the --out folders of ferkd train"),
         (["train", "--data", tmp_path / "nothing", "--out", tmp_path / "run", *FAST], "nothing"),
         (["train", "--data", photos, "--out", tmp_path / "run", "--recipe", "imagenet", *FAST], "recipe: 'imagenet' is unknown"),
         (["eval", "--data", photos], "give either --weights FILE"),

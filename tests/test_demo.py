@@ -33,7 +33,7 @@ def test_the_whole_demo_leaves_a_table_and_pictures(tmp_path: Path, capsys: pyte
     figures = run_demo(DemoSettings(out=out, crops=4, epochs=6.0, seeds=1))
     assert figures["top1"].keys() == {"hard labels", "FKD", "FerKD"}
     assert all(len(values) == 1 and values[0] > 0.1 for values in figures["top1"].values())
-    for name in ("crops.png", "confidence.png", "curves.png"):
+    for name in ("crops.png", "confidence.png", "curves.png", "labels.html", "report.html"):
         assert (out / name).stat().st_size > 5_000
     assert json.loads((out / "demo.json").read_text())["inspection"]["crops"] == 4000
     assert "no difference beyond the spread" in (out / "table.txt").read_text()  # one seed shows nothing

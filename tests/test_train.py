@@ -244,7 +244,7 @@ def test_the_run_folder_says_what_was_done(photos: Path, store: LabelStore, tmp_
     assert json.loads(metadata["preprocessing"])["input_size"] == 16
     assert load_run(tmp_path / "run").outputs == 3
     for line in lines(tmp_path / "run", "train"):
-        assert line.keys() >= {"step", "epoch", "crops", "lr", "loss", "crops_per_second", "data_wait", "regions"}
+        assert line.keys() >= {"step", "epoch", "crops", "seconds", "lr", "loss", "crops_per_second", "data_wait", "regions"}
         assert 0 <= line["data_wait"] <= 1
 
 
