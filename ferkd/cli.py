@@ -37,12 +37,12 @@ COMMANDS = {
     "inspect": "show what a store's labels look like, and what thresholds would do",
     "train": "train a student on stored labels, or on hard labels without them",
     "eval": "top-1 and top-5 of trained weights, or of a teacher",
-    "report": "one HTML page of training runs, side by side",
     "verify": "show a store's teacher some of its crops again: does it say the same?",
     "plan": "what labelling would cost: bytes, the teacher's passes, hours",
     "convert": "turn label files of FKD or ml-dr into a store",
     "export": "write a store as files that FKD's training script reads",
     "merge": "average stores over the same crops",
+    "report": "one HTML page of training runs, side by side",
     "demo": "the whole way on a small dataset, with a table and pictures",
 }
 
@@ -244,40 +244,6 @@ def evaluate(arguments: Sequence[str]) -> None:
         print(f"top-1 among the folders' own classes {accuracy.top1_folders:.2%}")
 
 
-@dataclasses.dataclass(frozen=True)
-class ReportSettings:
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders of runs (the --out of ferkd train), finished or not."""
-    out: Path = Path("report.html")
-    """The page. One that is there is replaced."""
-    data: Path | None = None
-    """The dataset's folder, to show photographs with their crops; goes with --labels."""
-    labels: Path | None = None
-    """The store that runs learnt from."""
-
-    def __post_init__(self) -> None:
-        if (self.data is None) != (self.labels is None):
-            raise InputError("--data and --labels go together: photographs, and the store whose crops are shown on them")
-
-
-def report(arguments: Sequence[str]) -> None:
-    """Write one self-contained HTML page about runs: curves, regions, speed, what differs between their settings.
-
-    Example: ferkd report runs/fkd runs/ferkd --out report.html --data photos --labels labels
-    """
-    from ferkd.pages.page import check_page_path, write_page
-    from ferkd.pages.runs_page import runs_page
-    from ferkd.store import LabelStore
-
-    settings, output = _parse(report, ReportSettings, arguments)
-    if not settings.runs:
-        raise InputError("give at least one folder of a run")
-    check_page_path(settings.out)
-    store = LabelStore(settings.labels) if settings.labels else None
-    write_page(settings.out, runs_page(settings.runs, store, settings.data / "train" if settings.data else None))
-    print(json.dumps({"page": str(settings.out)}) if output.json else f"wrote {settings.out}")
-
-
 def verify(arguments: Sequence[str]) -> None:
     """Show the teacher a sample of a store's crops again and compare: photos, preprocessing, pixels, answers. Exit status 1 if it fails.
 
@@ -390,6 +356,40 @@ def merge(arguments: Sequence[str]) -> None:
     _print_store(run(settings, to_stderr), output)
 
 
+@dataclasses.dataclass(frozen=True)
+class ReportSettings:
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of runs (the --out of ferkd train), finished or not."""
+    out: Path = Path("report.html")
+    """The page. One that is there is replaced."""
+    data: Path | None = None
+    """The dataset's folder, to show photographs with their crops; goes with --labels."""
+    labels: Path | None = None
+    """The store that runs learnt from."""
+
+    def __post_init__(self) -> None:
+        if (self.data is None) != (self.labels is None):
+            raise InputError("--data and --labels go together: photographs, and the store whose crops are shown on them")
+
+
+def report(arguments: Sequence[str]) -> None:
+    """Write one self-contained HTML page about runs: curves, regions, speed, what differs between their settings.
+
+    Example: ferkd report runs/fkd runs/ferkd --out report.html --data photos --labels labels
+    """
+    from ferkd.pages.page import check_page_path, write_page
+    from ferkd.pages.runs_page import runs_page
+    from ferkd.store import LabelStore
+
+    settings, output = _parse(report, ReportSettings, arguments)
+    if not settings.runs:
+        raise InputError("give at least one folder of a run")
+    check_page_path(settings.out)
+    store = LabelStore(settings.labels) if settings.labels else None
+    write_page(settings.out, runs_page(settings.runs, store, settings.data / "train" if settings.data else None))
+    print(json.dumps({"page": str(settings.out)}) if output.json else f"wrote {settings.out}")
+
+
 def demo(arguments: Sequence[str]) -> None:
     """Train a small teacher, label, inspect, and compare hard labels, FKD and FerKD; on digits, or on your photographs.
 
@@ -408,12 +408,12 @@ FUNCTIONS: dict[str, Callable[[Sequence[str]], None]] = {
     "inspect": inspect,
     "train": train,
     "eval": evaluate,
-    "report": report,
     "verify": verify,
     "plan": plan,
     "convert": convert,
     "export": export,
     "merge": merge,
+    "report": report,
     "demo": demo,
 }
 
