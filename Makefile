@@ -36,8 +36,9 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[demo]"
 	@touch $@
 
+# As many processes as cores, each with one thread and whole files of tests: PyTorch's threads would fight over the cores otherwise.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST)
 
 lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .

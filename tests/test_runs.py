@@ -463,10 +463,10 @@ def test_what_does_not_change_the_result_may_change(tmp_path: Path) -> None:
 def test_what_changes_the_last_bits_is_warned_of(tmp_path: Path) -> None:
     folder(tmp_path / "run").save_checkpoint(state(3))
     said: list[str] = []
-    run = folder(tmp_path / "run", said=said, changes={"compile": True}, world_size=4)
+    run = folder(tmp_path / "run", said=said, changes={"compile": "default"}, world_size=4)
     assert is_whole(run.load_checkpoint(CPU))
     assert [line.split(":")[1] for line in said] == [
-        " resuming with compile True what was begun with False",
+        " resuming with compile default what was begun with auto",
         " resuming with world_size 4 what was begun with 1",
     ]
     threads = torch.get_num_threads()
@@ -491,7 +491,7 @@ def test_other_processes_read_and_never_write(tmp_path: Path) -> None:
         writer.save_checkpoint(state(step))
     (tmp_path / "run" / CHECKPOINT).write_bytes(b"damaged")
     before = {name: (tmp_path / "run" / name).read_bytes() for name in os.listdir(tmp_path / "run")}
-    reader = folder(tmp_path / "run", "auto", said, writer=False, changes={"compile": True})
+    reader = folder(tmp_path / "run", "auto", said, writer=False, changes={"compile": "default"})
     assert is_whole(reader.load_checkpoint(CPU))
     assert reader.last_good_step() == 3
     reader.log({"kind": "train", "step": 4})
