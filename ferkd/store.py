@@ -888,6 +888,10 @@ def _compare_jobs(found: Mapping[str, Any], wanted: Mapping[str, Any], file: Pat
             told[f"{name}: {_short(here)}"] = text
         elif name.startswith("dataset."):
             raise StoreError(f"{file}: is of another dataset ({name.split('_')[0].removeprefix('dataset.')} differ); choose another --out")
+        elif name == "provenance.dataset_fingerprint":
+            raise StoreError(
+                f"{file}: was begun with other photographs (a name or a size has changed since); restore them, or choose another --out"
+            )
         else:
             raise StoreError(f"{file}: another labelling job: {text}; use the same settings, or choose another --out")
     return told

@@ -157,6 +157,20 @@ def test_a_unit_damaged_on_disk_is_labelled_again(tmp_path, two_unit_shards):
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 
+def test_a_whole_shard_damaged_before_the_store_is_finished_is_found(tmp_path):
+    plan = small_plan(IMAGES)
+    with StoreWriter(tmp_path, plan) as writer:
+        writer.write_unit(0, [labelled(plan, i) for i in range(64)])
+        writer.finish_shard(0)
+    shard = bytearray((tmp_path / "shards/shard-00000.bin").read_bytes())
+    shard[1000] ^= 1
+    (tmp_path / "shards/shard-00000.bin").write_bytes(shard)
+    with StoreWriter(tmp_path, plan) as writer:
+        store = write_missing(writer)
+    with pytest.raises(StoreError, match=r"shard-00000.bin: its SHA-256 is not what the manifest says \(1 images"):
+        store.check_integrity()
+
+
 def test_shards_may_be_written_in_any_order_and_interleaved(tmp_path, two_unit_shards):
     plan = small_plan(IMAGES)
     with StoreWriter(tmp_path / "a", plan) as writer:

@@ -94,3 +94,11 @@ def nine() -> tuple[nn.Module, dict]:
     teacher = GreyTeacher()
     teacher.levels = nn.Parameter(torch.cat([teacher.levels, torch.ones(1)]))
     return teacher, {**HALF, "classes": [*(f"g{i}" for i in range(LEVELS)), "more"]}
+
+
+def odd_names() -> tuple[nn.Module, dict]:
+    """Classes of odd names, one for each level."""
+    return GreyTeacher(), {
+        **HALF,
+        "classes": ["Größe (klein)", "a b", "a.b.c", "e\u0301te\u0301", "n01440764_fish.v2", "quote'\"s", "ひらがな", "100%"],
+    }
