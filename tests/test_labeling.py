@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tiny_teachers import GREYS
 
-from ferkd import label_batches, labeling, store
+from ferkd import label_batches, labeling, store_writing
 from ferkd.crops import read_photo, take_crop
 from ferkd.errors import CheckFailed, InputError, Stopped, StoreError
 from ferkd.labeling import LabelSettings, label, plan_job
@@ -61,8 +61,8 @@ def uninterrupted(greys, tmp_path_factory):
 
 def small_shards(patch: pytest.MonkeyPatch) -> None:
     """Two shards: 128 photos and 48."""
-    patch.setattr(store, "SHARDS", 1)
-    patch.setattr(store, "SHARD_BYTES", 128 * 7 * (8 + 3 * 4))
+    patch.setattr(store_writing, "SHARDS", 1)
+    patch.setattr(store_writing, "SHARD_BYTES", 128 * 7 * (8 + 3 * 4))
 
 
 # ---- What is stored

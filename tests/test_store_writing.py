@@ -17,7 +17,7 @@ import pytest
 from small_stores import files_of, labelled, make_store, small_plan, write_missing
 
 import ferkd.durable
-import ferkd.store
+import ferkd.store_writing
 from ferkd.crops import DECODER, CropSettings
 from ferkd.errors import InputError, StoreError
 from ferkd.store import LabelledImage, LabelStore, PathTable, StoreWriter
@@ -29,14 +29,14 @@ STEPS = ("open", "write", "fsync", "replace", "unlink", "ftruncate")
 @pytest.fixture(autouse=True)
 def many_shards(monkeypatch):
     """Shards of one unit, so that a small store has three."""
-    monkeypatch.setattr(ferkd.store, "SHARD_BYTES", 1)
+    monkeypatch.setattr(ferkd.store_writing, "SHARD_BYTES", 1)
 
 
 @pytest.fixture
 def two_unit_shards(monkeypatch):
     """Shards of two units: 150 images are one shard of 128 and one of 22."""
-    monkeypatch.setattr(ferkd.store, "SHARDS", 1)
-    monkeypatch.setattr(ferkd.store, "SHARD_BYTES", small_plan().image_bytes * 128)
+    monkeypatch.setattr(ferkd.store_writing, "SHARDS", 1)
+    monkeypatch.setattr(ferkd.store_writing, "SHARD_BYTES", small_plan().image_bytes * 128)
 
 
 def in_a_child(work):
@@ -473,7 +473,7 @@ def test_the_same_job_gives_the_same_bytes_in_another_process(tmp_path):
     label(tmp_path / "here")
     code = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"
-        "import ferkd.store; ferkd.store.SHARD_BYTES = 1\n"
+        "import ferkd.store_writing; ferkd.store_writing.SHARD_BYTES = 1\n"
         "from small_stores import make_store, small_plan; make_store(sys.argv[1], small_plan(150))"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "there"), str(Path(__file__).parent)], check=True)

@@ -6,7 +6,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-import ferkd.store
+import ferkd.store_writing
 
 LEVELS = 8
 GREYS = [round(20 + 215 * i / (LEVELS - 1)) for i in range(LEVELS)]
@@ -85,7 +85,7 @@ class SlowGreyTeacher(GreyTeacher):
 
 def slow() -> tuple[nn.Module, dict]:
     """With FERKD_TEST_SHARDS the store has about so many."""
-    ferkd.store.SHARDS = int(os.environ.get("FERKD_TEST_SHARDS", ferkd.store.SHARDS))
+    ferkd.store_writing.SHARDS = int(os.environ.get("FERKD_TEST_SHARDS", ferkd.store_writing.SHARDS))
     return SlowGreyTeacher(), HALF
 
 
