@@ -23,7 +23,8 @@ from ferkd.label_plan import Job, LabelSettings, plan_job
 from ferkd.label_progress import Progress, Rate, describe, duration, in_bytes, summary, summary_lines
 from ferkd.preflight import preflight
 from ferkd.shards import UNIT_IMAGES, LabelledImage, ShardWriter
-from ferkd.store import LabelStore, StoreWriter, joined_shards
+from ferkd.store import LabelStore, StoreWriter
+from ferkd.store_writing import joined_shards
 
 __all__ = ["Job", "LabelSettings", "Labelled", "label", "label_with_figures", "plan_job"]
 

@@ -28,7 +28,7 @@ from ferkd.errors import InputError, StoreError
 from ferkd.records import MAX_SIDE, label_words
 
 if TYPE_CHECKING:
-    from ferkd.store import StorePlan
+    from ferkd.store_writing import StorePlan
 
 UNIT_IMAGES = 64
 

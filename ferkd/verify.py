@@ -127,6 +127,8 @@ def verify(settings: VerifySettings) -> Verdict:
     assert settings.data is not None
     assert settings.teacher is not None
     recorded = _Recorded(store)
+    if merged := recorded.of("merged_from"):
+        raise InputError(f"{name}: is the average of {len(merged)} stores, which no single teacher says; verify those, or use --integrity")
     device = choose_device(settings.device)
     if device.type == "cpu":
         keep_freed_memory()

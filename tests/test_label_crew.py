@@ -21,11 +21,12 @@ from PIL import Image
 from small_stores import files_of
 from tiny_teachers import GREYS
 
-from ferkd import cli, label_batches, label_crew, label_plan, labeling, store
+from ferkd import cli, label_batches, label_crew, label_plan, labeling, store_writing
 from ferkd.errors import InputError, Stopped, StoreError
 from ferkd.label_crew import Crew, Task
 from ferkd.labeling import LabelSettings, label, plan_job
-from ferkd.store import StoreWriter, joined_shards
+from ferkd.store import StoreWriter
+from ferkd.store_writing import joined_shards
 
 TESTS = Path(__file__).parent
 PHOTOS, CROPS = 30, 4  # photos of each of eight classes: shards of 64, 64, 64 and 48 photos
@@ -319,7 +320,7 @@ def test_a_process_that_outlived_its_job_cannot_write(settings):
 
 
 def _write_first_unit(settings: LabelSettings, images: list, token: str, ready, go) -> None:
-    store.SHARDS = 1
+    store_writing.SHARDS = 1
     writer, _ = joined_shards(settings.out, plan_job(settings).plan, token)
     writer.write_unit(0, images)
     ready.set()
@@ -327,7 +328,7 @@ def _write_first_unit(settings: LabelSettings, images: list, token: str, ready, 
 
 
 def test_two_writers_of_one_shard_are_refused(settings, monkeypatch):
-    monkeypatch.setattr(store, "SHARDS", 1)
+    monkeypatch.setattr(store_writing, "SHARDS", 1)
     job = plan_job(settings)
     images = list(label_batches.label_images(job, 0, 0, 63, lambda _: None))
     ready, go = PROCESSES.Event(), PROCESSES.Event()

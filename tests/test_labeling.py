@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tiny_teachers import GREYS
 
-from ferkd import label_batches, labeling, store
+from ferkd import label_batches, labeling, store_writing
 from ferkd.crops import read_photo, take_crop
 from ferkd.errors import CheckFailed, InputError, Stopped, StoreError
 from ferkd.labeling import LabelSettings, label, plan_job
@@ -61,8 +61,8 @@ def uninterrupted(greys, tmp_path_factory):
 
 def small_shards(patch: pytest.MonkeyPatch) -> None:
     """Two shards: 128 photos and 48."""
-    patch.setattr(store, "SHARDS", 1)
-    patch.setattr(store, "SHARD_BYTES", 128 * 7 * (8 + 3 * 4))
+    patch.setattr(store_writing, "SHARDS", 1)
+    patch.setattr(store_writing, "SHARD_BYTES", 128 * 7 * (8 + 3 * 4))
 
 
 # ---- What is stored
@@ -249,6 +249,46 @@ def test_a_bad_photo_is_recorded_and_stops_nothing(settings, greys, tmp_path, un
         assert (stored.read(image).label_words == good.read(image).label_words).all()
 
 
+def test_an_empty_file_among_thousands_is_named_and_costs_nothing(tmp_path):
+    pixels = [Image.fromarray(np.full((20, 20, 3), grey, np.uint8)) for grey in GREYS]
+    for i, picture in enumerate(pixels):
+        (tmp_path / f"data/train/g{i}").mkdir(parents=True)
+        picture.save(first := tmp_path / f"data/train/g{i}/0000.bmp")
+        for number in range(1, 300):
+            shutil.copy(first, first.with_name(f"{number:04d}.bmp"))
+    empty = tmp_path / "data/train/g5/0123.bmp"
+    empty.write_bytes(b"")
+    said = []
+    settings = LabelSettings(tmp_path / "data", "python:tiny_teachers:grey", tmp_path / "store", crops=1, topk=1, skip_preflight=True)
+    stored = label(settings, said.append)
+    assert len(stored) == 2400
+    assert stored.manifest.failed == {"g5/0123.bmp": "0 bytes: the file is empty"}
+    assert "1 photos could not be read and have no labels (manifest.json lists all):" in said
+    wrong = [i for i in range(2400) if i != 5 * 300 + 123 and stored.unpack(stored.read(i).label_words)[0][0, 0] != i // 300]
+    assert not wrong
+
+
+FOLDERS = ["Größe (klein)", "a b", "a.b.c", "e\u0301te\u0301", "n01440764_fish.v2", "quote'\"s", "ひらがな", "100%"]
+
+
+def test_class_folders_may_have_any_name(greys, tmp_path):
+    for i, name in enumerate(FOLDERS):
+        for split in ("train", "val"):
+            shutil.copytree(greys / split / f"g{i}", tmp_path / "data" / split / name)
+    photo = tmp_path / f"data/train/{FOLDERS[1]}/00.png"
+    photo.rename(photo.with_name("photo no. 1 ä.jpeg.PNG"))
+    settings = LabelSettings(tmp_path / "data", "python:tiny_teachers:odd_names", tmp_path / "store", crops=2, topk=3)
+    stored = label(settings)
+    assert dict(stored.folders) == {name: i for i, name in enumerate(FOLDERS)}
+    assert stored.class_names == tuple(FOLDERS)
+    for name in ("a b/photo no. 1 ä.jpeg.PNG", "e\u0301te\u0301/03.png", "ひらがな/21.png", "100%/00.png"):
+        labels = stored.read(stored.paths.index_of(name))
+        assert (tmp_path / "data/train" / labels.path).is_file()
+        assert stored.class_names[labels.target] == name.split("/")[0]
+        assert (stored.unpack(labels.label_words)[0][:, 0] == labels.target).all()
+    label(settings)  # and the same command finds nothing to do
+
+
 def test_a_teacher_that_answers_nan_names_photo_and_crop_and_keeps_what_is_done(settings, monkeypatch, uninterrupted):
     small_shards(monkeypatch)
     answer, calls = label_batches.answer_logits, []
@@ -281,6 +321,43 @@ def test_other_settings_on_a_store_are_refused(settings):
             label(dataclasses.replace(settings, limit=10, **change))
     with pytest.raises(StoreError):
         label(dataclasses.replace(settings, limit=11))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda photo: photo.rename(photo.with_name("renamed.png")), "is of another dataset"),
+        (lambda photo: photo.unlink(), "is of another dataset|another labelling job: images: 175 here, 176 there"),
+        (
+            lambda photo: shutil.copy(photo, photo.with_name("new.png")),
+            "is of another dataset|another labelling job: images: 177 here, 176 there",
+        ),
+        (lambda photo: Image.open(photo).save(photo, compress_level=0), "begun with other photographs"),
+    ],
+)
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_dataset_that_changed_since_is_refused_and_what_was_labelled_stays(settings, tmp_path, monkeypatch, change, says, finished):
+    data = shutil.copytree(settings.data, tmp_path / "data")
+    settings = dataclasses.replace(settings, data=data)
+    if finished:
+        label(settings)
+    else:
+        answer, shown = label_batches.answer_logits, []
+
+        def broken(*arguments):
+            shown.append(0)
+            if len(shown) == 30:
+                raise InputError("broken off")
+            return answer(*arguments)
+
+        monkeypatch.setattr(label_batches, "answer_logits", broken)
+        with pytest.raises(InputError, match="broken off"):
+            label(settings)
+    before = contents(settings.out)
+    change(data / "train/g0/03.png")
+    with pytest.raises(StoreError, match=says):
+        label(settings)
+    assert contents(settings.out) == before
 
 
 def test_two_labellers_on_one_store_are_refused(settings):

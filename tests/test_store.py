@@ -33,7 +33,7 @@ def store(request, tmp_path):
 @pytest.fixture
 def many_shards(monkeypatch):
     """Shards of one unit, so that a small store has many."""
-    monkeypatch.setattr(ferkd.store, "SHARD_BYTES", 1)
+    monkeypatch.setattr(ferkd.store_writing, "SHARD_BYTES", 1)
 
 
 # --- What was written comes back

@@ -17,7 +17,7 @@ import pytest
 from small_stores import files_of, labelled, make_store, small_plan, write_missing
 
 import ferkd.durable
-import ferkd.store
+import ferkd.store_writing
 from ferkd.crops import DECODER, CropSettings
 from ferkd.errors import InputError, StoreError
 from ferkd.store import LabelledImage, LabelStore, PathTable, StoreWriter
@@ -29,14 +29,14 @@ STEPS = ("open", "write", "fsync", "replace", "unlink", "ftruncate")
 @pytest.fixture(autouse=True)
 def many_shards(monkeypatch):
     """Shards of one unit, so that a small store has three."""
-    monkeypatch.setattr(ferkd.store, "SHARD_BYTES", 1)
+    monkeypatch.setattr(ferkd.store_writing, "SHARD_BYTES", 1)
 
 
 @pytest.fixture
 def two_unit_shards(monkeypatch):
     """Shards of two units: 150 images are one shard of 128 and one of 22."""
-    monkeypatch.setattr(ferkd.store, "SHARDS", 1)
-    monkeypatch.setattr(ferkd.store, "SHARD_BYTES", small_plan().image_bytes * 128)
+    monkeypatch.setattr(ferkd.store_writing, "SHARDS", 1)
+    monkeypatch.setattr(ferkd.store_writing, "SHARD_BYTES", small_plan().image_bytes * 128)
 
 
 def in_a_child(work):
@@ -155,6 +155,20 @@ def test_a_unit_damaged_on_disk_is_labelled_again(tmp_path, two_unit_shards):
         write_missing(writer)
     label(tmp_path / "b")
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+
+
+def test_a_whole_shard_damaged_before_the_store_is_finished_is_found(tmp_path):
+    plan = small_plan(IMAGES)
+    with StoreWriter(tmp_path, plan) as writer:
+        writer.write_unit(0, [labelled(plan, i) for i in range(64)])
+        writer.finish_shard(0)
+    shard = bytearray((tmp_path / "shards/shard-00000.bin").read_bytes())
+    shard[1000] ^= 1
+    (tmp_path / "shards/shard-00000.bin").write_bytes(shard)
+    with StoreWriter(tmp_path, plan) as writer:
+        store = write_missing(writer)
+    with pytest.raises(StoreError, match=r"shard-00000.bin: its SHA-256 is not what the manifest says \(1 images"):
+        store.check_integrity()
 
 
 def test_shards_may_be_written_in_any_order_and_interleaved(tmp_path, two_unit_shards):
@@ -459,7 +473,7 @@ def test_the_same_job_gives_the_same_bytes_in_another_process(tmp_path):
     label(tmp_path / "here")
     code = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"
-        "import ferkd.store; ferkd.store.SHARD_BYTES = 1\n"
+        "import ferkd.store_writing; ferkd.store_writing.SHARD_BYTES = 1\n"
         "from small_stores import make_store, small_plan; make_store(sys.argv[1], small_plan(150))"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "there"), str(Path(__file__).parent)], check=True)

@@ -356,6 +356,10 @@ def test_wrong_use_is_named(made, photos, tmp_path):
         VerifySettings(made, photos, integrity=True)
     with pytest.raises(InputError, match="samples: 0"):
         VerifySettings(made, photos, "timm:resnet18", samples=0)
+    merged = make_store(tmp_path / "merged", small_plan(64, provenance={"merged_from": [{}, {}]}))
+    with pytest.raises(InputError, match="is the average of 2 stores"):
+        verify(VerifySettings(merged.path, photos, "python:tiny_teachers:grey"))
+    assert verify(VerifySettings(merged.path, integrity=True)).passed
     with pytest.raises(StoreError, match="no such folder"):
         verify(VerifySettings(tmp_path / "none", integrity=True))
     with pytest.raises(InputError, match="nowhere: no such folder"):

@@ -6,7 +6,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-import ferkd.store
+import ferkd.store_writing
 
 LEVELS = 8
 GREYS = [round(20 + 215 * i / (LEVELS - 1)) for i in range(LEVELS)]
@@ -85,7 +85,7 @@ class SlowGreyTeacher(GreyTeacher):
 
 def slow() -> tuple[nn.Module, dict]:
     """With FERKD_TEST_SHARDS the store has about so many."""
-    ferkd.store.SHARDS = int(os.environ.get("FERKD_TEST_SHARDS", ferkd.store.SHARDS))
+    ferkd.store_writing.SHARDS = int(os.environ.get("FERKD_TEST_SHARDS", ferkd.store_writing.SHARDS))
     return SlowGreyTeacher(), HALF
 
 
@@ -94,3 +94,11 @@ def nine() -> tuple[nn.Module, dict]:
     teacher = GreyTeacher()
     teacher.levels = nn.Parameter(torch.cat([teacher.levels, torch.ones(1)]))
     return teacher, {**HALF, "classes": [*(f"g{i}" for i in range(LEVELS)), "more"]}
+
+
+def odd_names() -> tuple[nn.Module, dict]:
+    """Classes of odd names, one for each level."""
+    return GreyTeacher(), {
+        **HALF,
+        "classes": ["Größe (klein)", "a b", "a.b.c", "e\u0301te\u0301", "n01440764_fish.v2", "quote'\"s", "ひらがな", "100%"],
+    }
