@@ -29,6 +29,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench import machine
 from ferkd.crops import CropSettings, draw_crops
 from ferkd.records import BoxCodec, LabelCodec, crop_bytes, pack_boxes, pack_labels
 from ferkd.store import LabelledImage, LabelStore, PathTable, StorePlan, StoreWriter
@@ -145,8 +146,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=80, help="each times 50 visits of every variant, in changing order")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    machine = platform.processor() or platform.machine()
-    print(f"{machine}, Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}")
+    print(f"{machine.processor()}, Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}")
     print(f"{options.images:,} images x {CROPS} crops, k={K} of {CLASSES} classes, m={M} crops a visit, one process, warm page cache\n")
     rng = np.random.default_rng(2)
     rows = []
@@ -154,6 +154,7 @@ def main() -> None:
         folder = Path(name)
         variants = visits(folder, options.images)
         times: dict[str, list[float]] = {variant: [] for variant in variants}
+        others, started = machine.seconds_of_others(), time.perf_counter()
         for number in range(options.rounds + 1):
             for variant in rng.permutation(list(variants)):
                 order = rng.integers(0, options.images, 50).tolist()
@@ -163,6 +164,8 @@ def main() -> None:
                     visit(image)
                 if number:  # the first round warms up
                     times[variant].append((time.perf_counter() - start) / len(order))
+        busy = max((machine.seconds_of_others() - others) / (time.perf_counter() - started), 0.0)
+        print(f"other processes kept {busy:.2f} processors busy\n")
         base = statistics.median(times["FKD torch.load fp32"])
         print(f"{'a visit':<30} {'us':>8} {'p20':>8} {'p80':>8} {'images/s':>10} {'x FKD':>7}")
         for variant, seconds in times.items():
@@ -171,6 +174,7 @@ def main() -> None:
             rows.append({
                 "variant": variant, "us": f"{median * 1e6:.2f}", "p20_us": f"{p20 * 1e6:.2f}", "p80_us": f"{p80 * 1e6:.2f}",
                 "images_per_s": f"{1 / median:.0f}", "times_fkd_fp32": f"{base / median:.2f}", "torch": torch.__version__,
+                "others_busy": f"{busy:.2f}",
             })  # fmt: skip
         print(f"\n{'bytes a crop':<30} {'record':>8} {'on disk, all':>14}")
         for kind, size in bytes_a_crop(folder, options.images):
