@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import kill_labelling
 import numpy as np
 import pytest
 import torch.distributed as dist
@@ -250,6 +251,13 @@ def test_the_command_under_torchrun(settings, alone):
     assert done.returncode == 0, done.stderr[-2000:]
     assert files_of(settings.out) == alone
     assert json.loads(done.stdout)["crops"] == 960
+
+
+@pytest.mark.slow
+def test_the_script_that_kills_at_random_moments_runs(capsys):
+    """20 kills of one process and of two are its work; here it is kept in order."""
+    assert kill_labelling.main(["--kills", "1", "--seconds", "0.01"]) == 0
+    assert re.fullmatch(r"1 kills, \d+ stores finished, 0 different", capsys.readouterr().out.splitlines()[-1])
 
 
 # ---- The rules, one by one
