@@ -17,7 +17,8 @@ from bench.convergence.datasets import Images
 from ferkd.errors import StoreError
 from ferkd.folders import scan_split
 from ferkd.records import pack_boxes, pack_labels
-from ferkd.store import UNIT_IMAGES, LabelledImage, LabelStore, StorePlan, StoreWriter
+from ferkd.shards import UNIT_IMAGES, LabelledImage
+from ferkd.store import LabelStore, StorePlan, StoreWriter
 
 
 @dataclasses.dataclass(frozen=True)
