@@ -418,6 +418,9 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=REPOSITORY / "bench" / "results", help="folder of the CSVs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
+    parser.add_argument(
+        "--nice", type=int, default=19, help="these take hours: whatever else the machine is used for goes first (0: nothing does)"
+    )
     parser.add_argument("--list", action="store_true", help="say what is done and what is left")
     options = parser.parse_args()
     if unknown := [name for name in options.studies if name not in STUDIES]:
@@ -430,7 +433,7 @@ def main() -> int:
     if options.list:
         print(listing(makers, options.results))
         return 0
-    os.nice(19)  # these take hours: whatever else the machine is used for goes first
+    os.nice(options.nice)
 
     def install(stop: Callable[[], None]) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
