@@ -1,5 +1,9 @@
 """The ways in which ferkd says no. The command line turns them into one line of text and an exit status."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class InputError(ValueError):
     """Wrong use or wrong input: what was found and what to do. Exit status 2."""
@@ -15,3 +19,13 @@ class CheckFailed(Exception):
 
 class Stopped(Exception):
     """Saved everything and stopped because it was asked to (SIGTERM, Ctrl-C): start the same command again. Exit status 75."""
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What an error of another library says, on one line of at most `most` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def few(items: Sequence[str], most: int = 3) -> str:
+    return ", ".join(items[:most]) + (", ..." if len(items) > most else "")

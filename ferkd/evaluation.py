@@ -17,7 +17,8 @@ from ferkd.distributed import Ranks
 from ferkd.errors import InputError
 from ferkd.folders import class_mapping, scan_split
 from ferkd.normalise import Normalise
-from ferkd.teacher import LoadedModel, Preprocessing
+from ferkd.preprocessing import Preprocessing
+from ferkd.teacher import LoadedModel
 
 log = logging.getLogger(__name__)
 

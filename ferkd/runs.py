@@ -24,8 +24,9 @@ from torch import Tensor, nn
 import ferkd
 from ferkd.durable import JobLock, sync_folder
 from ferkd.errors import InputError
+from ferkd.preprocessing import Preprocessing
 from ferkd.recipes import TrainConfig
-from ferkd.teacher import RUN_WEIGHTS, Preprocessing, save_weights
+from ferkd.weights import RUN_WEIGHTS, save_weights
 
 Resume = Literal["never", "auto", "must"]
 

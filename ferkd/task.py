@@ -28,13 +28,13 @@ from ferkd.distributed import Ranks
 from ferkd.errors import InputError
 from ferkd.folders import Split, check_same_classes, scan_split
 from ferkd.online import OnlineTeacher, check_online_teacher, load_online_teacher
+from ferkd.preprocessing import Preprocessing
 from ferkd.progress import print_line
 from ferkd.quantiles import quantile_line, quantile_policy
 from ferkd.recipes import TrainConfig
 from ferkd.regions import Region, RegionPolicy
 from ferkd.runs import Resume
 from ferkd.store import LabelStore
-from ferkd.teacher import Preprocessing
 
 AMP_DTYPE = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

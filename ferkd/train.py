@@ -27,14 +27,17 @@ from ferkd.errors import InputError, Stopped
 from ferkd.evaluation import Accuracy, evaluate
 from ferkd.meter import Meter, check_loss
 from ferkd.mixing import draw_mixing
+from ferkd.preprocessing import Preprocessing
 from ferkd.process import keep_freed_memory, stop_when_asked
 from ferkd.progress import Progress, check_loggers
 from ferkd.recipes import TrainConfig
 from ferkd.runs import RunFolder, held
+from ferkd.specs import count_outputs
 from ferkd.step import TrainStep, images_a_part
 from ferkd.stream import CropStream, StreamSampler, keyed_hash, plan_phases
 from ferkd.task import AMP_DTYPE, Job, Task, plan_task
-from ferkd.teacher import Preprocessing, build_model, count_outputs, load_state
+from ferkd.teacher import build_model
+from ferkd.weights import load_state
 
 __all__ = ["Job", "train"]
 

@@ -11,18 +11,9 @@ import torch
 from torch import nn
 
 from ferkd.errors import InputError
-from ferkd.teacher import (
-    IMAGENET_MEAN,
-    Preprocessing,
-    build_model,
-    load_model,
-    load_run,
-    load_state,
-    load_teacher,
-    read_weights,
-    save_weights,
-    weights_sha256,
-)
+from ferkd.preprocessing import IMAGENET_MEAN, Preprocessing
+from ferkd.teacher import build_model, load_model, load_run, load_teacher
+from ferkd.weights import load_state, read_weights, save_weights, weights_sha256
 
 _numbers = itertools.count()
 
