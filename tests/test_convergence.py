@@ -321,9 +321,9 @@ def test_tuning_chooses_by_its_rules_and_what_waits_for_it_is_made_afterwards(tm
     tuned_as_if(tmp_path, studies.imagenette_tune(tmp_path), top1)
     tuned_as_if(tmp_path, studies.imagenette_tune(tmp_path), top1)
 
-    made = run.made(list(studies.STUDIES.values()), tmp_path)
-    assert [study.name for study in made] == list(studies.STUDIES)
-    assert set(analyse.SECTIONS) == set(studies.STUDIES)
+    made = run.made(list(studies.ALL_STUDIES.values()), tmp_path)
+    assert [study.name for study in made] == list(studies.ALL_STUDIES)
+    assert set(analyse.SECTIONS) == set(studies.ALL_STUDIES)
     for study in made:
         runs = [(arm.config, seed) for arm, seed in study.runs()]
         assert len(set(runs)) == len(runs), study.name
@@ -383,7 +383,7 @@ def test_the_planned_comparisons_and_the_rule_for_more_seeds(place):
 def test_the_report_is_made_from_whatever_rows_there_are(place, monkeypatch):
     study = dataclasses.replace(tiny_study(evaluations=3), name="convergence")
     main = dataclasses.replace(study, name="cifar-main")
-    monkeypatch.setattr(analyse, "STUDIES", {"convergence": lambda _: study, "cifar-main": lambda _: main})
+    monkeypatch.setattr(analyse, "ALL_STUDIES", {"convergence": lambda _: study, "cifar-main": lambda _: main})
     monkeypatch.setattr(sys, "argv", ["analyse", "--results", str(place.results)])
     place.results.mkdir()
     assert analyse.main() == 0

@@ -262,6 +262,23 @@ def imagenette(results: Path) -> Study:
     return Study("imagenette", tuple(imagenette_arm(method, RESNET10T, IMAGENETTE) for method in (SMOOTH, FKD, *ours, FKD_MIX)), FIVE)
 
 
+# ---- On a GPU: the same question with students and budgets that a CPU cannot have ------------------------------------------------
+
+RESNET18 = Recipe("timm:resnet18", steps=2400, lr=0.2, weight_decay=5e-5, batch_size=256, image_size=128)
+
+
+def gpu_imagenette(results: Path, recipe: Recipe = RESNET18, seeds: tuple[int, ...] = FIVE) -> Study:
+    """The planned comparisons at 128 px: 614,400 crops a run, 65 for each image, so that each stored one is seen twice."""
+    tuned = choose(imagenette_tune(results), results)
+    ours = (tuned.ferkd(IMAGENETTE), tuned.selfmix(IMAGENETTE))
+    name = f"gpu-imagenette-{recipe.student.partition(':')[2]}"
+    return Study(name, tuple(imagenette_arm(method, recipe, IMAGENETTE) for method in (SMOOTH, FKD, *ours)), seeds)
+
+
+def gpu_imagenette_resnet50(results: Path) -> Study:
+    return gpu_imagenette(results, dataclasses.replace(RESNET18, student="timm:resnet50"), (0, 1, 2))
+
+
 STUDIES: dict[str, Callable[[Path], Study]] = {
     "tune-rate": tune_rate,
     "tune-thresholds": tune_thresholds,
@@ -275,3 +292,10 @@ STUDIES: dict[str, Callable[[Path], Study]] = {
     "convergence-wrong": convergence_wrong,
 }
 """By name, in the order of their worth: what the runner does without being told which. Each is made from the results' folder."""
+
+GPU_STUDIES: dict[str, Callable[[Path], Study]] = {
+    "gpu-imagenette-resnet18": gpu_imagenette,
+    "gpu-imagenette-resnet50": gpu_imagenette_resnet50,
+}
+"""Done only when named; bench/gpu.sh convergence names them, after imagenette-tune."""
+ALL_STUDIES = STUDIES | GPU_STUDIES
