@@ -1,5 +1,7 @@
 """The ways in which ferkd says no. The command line turns them into one line of text and an exit status."""
 
+from __future__ import annotations
+
 
 class InputError(ValueError):
     """Wrong use or wrong input: what was found and what to do. Exit status 2."""
@@ -15,3 +17,14 @@ class CheckFailed(Exception):
 
 class Stopped(Exception):
     """Saved everything and stopped because it was asked to (SIGTERM, Ctrl-C): start the same command again. Exit status 75."""
+
+
+class SourceLost(InputError):
+    """Photographs that were there are no longer: not one of them, but what holds them (`place`: a folder, a disk, a tar file)."""
+
+    def __init__(self, text: str, place: str) -> None:
+        super().__init__(text)
+        self.place = place
+
+    def __reduce__(self) -> tuple[type[SourceLost], tuple[str, str]]:
+        return SourceLost, (str(self), self.place)

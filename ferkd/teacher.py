@@ -29,9 +29,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ferkd.classes import IMAGENET_VARIANTS, ClassNumbers, class_mapping, wordnet_ids
 from ferkd.crops import Interpolation
 from ferkd.errors import InputError
-from ferkd.folders import IMAGENET_VARIANTS, class_mapping, wordnet_ids
 
 log = logging.getLogger(__name__)
 
@@ -291,10 +291,13 @@ class TeacherClasses:
         return logits if self.columns is None else logits.index_select(1, self.columns.to(logits.device))
 
 
-def choose_classes(choice: ClassChoice, folders: Sequence[str], teacher: LoadedModel) -> TeacherClasses:
+def choose_classes(
+    choice: ClassChoice, folders: Sequence[str], teacher: LoadedModel, numbers: ClassNumbers | None = None
+) -> TeacherClasses:
     """`teacher`: all of the teacher's outputs; `folder`: only the folders' classes, in the sorted order of the folders, so that the softmax
-    is over these alone. Raises InputError when a folder has no class (see folders.class_mapping)."""
-    mapping = class_mapping(folders, teacher.class_names, teacher.outputs)
+    is over these alone. `numbers`: the dataset's own. Raises InputError when a folder
+    has no class (see class_mapping)."""
+    mapping = class_mapping(folders, teacher.class_names, teacher.outputs, numbers)
     outputs = np.array([mapping[folder] for folder in folders], np.int64)
     if choice == "folder":
         if len(folders) < 2:

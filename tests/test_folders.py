@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ferkd.classes import class_mapping
 from ferkd.errors import InputError
-from ferkd.folders import Split, check_same_classes, class_mapping, scan_split
+from ferkd.sources import check_same_classes, scan_split
 
 
 def touch(root: Path, *paths: str) -> Path:
@@ -27,7 +28,7 @@ def test_images_are_listed_sorted_with_their_class(tmp_path):
     assert split.folders == ("cat", "cat b", "dog")
     assert split.folder_of.dtype == np.int32
     assert [split.folders[f] for f in split.folder_of] == ["cat b", "cat", "cat", "dog"]
-    assert split.root == tmp_path / "train"
+    assert split.photos.root == tmp_path / "train"
 
 
 def test_symbolic_links_are_followed_and_cycles_refused(tmp_path):
@@ -103,7 +104,7 @@ def test_the_fingerprint_notices_what_changes(tmp_path):
     gone = scan_split(tmp_path, "train")
     (tmp_path / "train/dog/c.jpg").unlink()
     with pytest.raises(InputError, match=r"c\.jpg: cannot be read"):
-        Split(gone.root, gone.paths, gone.folders, gone.folder_of).fingerprint()
+        gone.fingerprint()
 
 
 def test_folders_named_like_the_teachers_classes():
@@ -126,7 +127,7 @@ def test_a_wordnet_id_of_nine_digits_is_none():
 
 
 def test_imagenet_21k_has_its_own_order():
-    from ferkd.folders import wordnet_ids
+    from ferkd.classes import wordnet_ids
 
     ids = wordnet_ids(21841)
     assert len(ids) == 21841

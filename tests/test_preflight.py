@@ -10,8 +10,8 @@ from tiny_teachers import GREYS
 
 from ferkd.crops import CropSettings
 from ferkd.errors import CheckFailed, InputError
-from ferkd.folders import scan_split
 from ferkd.preflight import SCALE_BANDS, PreflightReport, preflight
+from ferkd.sources import scan_split
 from ferkd.teacher import choose_classes, load_teacher
 
 
