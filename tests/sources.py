@@ -57,7 +57,9 @@ def hub_rows(data: Path, split: str, names: Sequence[str]) -> Any:
     import datasets
 
     images = images_of(data, split)
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names)), "note": datasets.Value("string")})
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names)), "note": datasets.Value("string")}
+    )
     rows = {
         "image": [{"bytes": content, "path": path} for path, _, content in images],
         "label": [list(names).index(name) for _, name, _ in images],

@@ -50,7 +50,15 @@ def data_of(root: Path, kind: str) -> str:
 
 def settings(root: Path, kind: str, **changes: Any) -> LabelSettings:
     return LabelSettings(
-        **{"data": data_of(root, kind), "teacher": TEACHER, "out": root / f"labels-{kind}", "crops": 6, "topk": 2, "batch_size": 16, **changes}
+        **{
+            "data": data_of(root, kind),
+            "teacher": TEACHER,
+            "out": root / f"labels-{kind}",
+            "crops": 6,
+            "topk": 2,
+            "batch_size": 16,
+            **changes,
+        }
     )
 
 
@@ -93,14 +101,16 @@ def _photo(photos: Any, path: str, answer: Any) -> None:
     answer.put(photos.read(path))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_photographs_go_into_other_processes(place: Path, kind: str, start: str) -> None:
+@pytest.mark.parametrize("kind", ["folder", *KINDS])
+def test_photographs_go_into_other_processes(place: Path, kind: str) -> None:
+    """By pickling, as spawned workers get them (where the whole split goes, for training without labels), and by forking."""
     split = scan_split(data_of(place, kind), "train")
     first = split.photos.read(split.paths[0])  # what is open here must not matter there
     assert first == images_of(place / "photos", "train")[0][2]
-    assert pickle.loads(pickle.dumps(split.photos)).read(split.paths[0]) == first
-    context = multiprocessing.get_context(start)
+    pickled = pickle.loads(pickle.dumps(split))
+    assert pickled.photos.read(pickled.paths[0]) == first
+    assert list(pickled.paths) == list(split.paths)
+    context = multiprocessing.get_context("fork")
     answer = context.Queue()
     process = context.Process(target=_photo, args=(split.photos, split.paths[7], answer))
     process.start()
@@ -149,7 +159,7 @@ def test_labels_do_not_go_with_another_kind_of_source(place: Path, kind: str, ot
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_labelling_that_was_stopped_ends_the_same(place: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ferkd import labeling, store_writing
+    from ferkd import labeling, shards
 
     class Killed(Exception):
         pass
@@ -163,9 +173,9 @@ def test_labelling_that_was_stopped_ends_the_same(place: Path, kind: str, tmp_pa
                 raise Killed
             yield image
 
-    monkeypatch.setattr(labeling, "UNIT_IMAGES", 4)
+    for module in (labeling, shards):
+        monkeypatch.setattr(module, "UNIT_IMAGES", 4)
     real = labeling.label_images
-    assert store_writing.UNIT_IMAGES  # the writer takes units of any length
     monkeypatch.setattr(labeling, "label_images", kill)
     again = settings(place, kind, out=tmp_path / "again", skip_preflight=True)
     with pytest.raises(Killed):

@@ -323,10 +323,10 @@ def _members(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
             raise InputError(f"{path}: is no tar, or a damaged one ({str(error) or type(error).__name__}); {again}") from error
         raise InputError(f"{path}: is cut short: it ends at byte {size:,}, in the midst of a file; {again}") from error
     block = os.pread(file.fileno(), tarfile.BLOCKSIZE, end)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise InputError(f"{path}: is cut short: it ends at byte {size:,}, without an end mark; {again}")
     if block.strip(b"\0"):
         raise InputError(f"{path}: its header at byte {end:,} is damaged; {again}")
-    if len(block) < tarfile.BLOCKSIZE:
-        raise InputError(f"{path}: is cut short: its end mark is missing at byte {end:,}; {again}")
     while data := os.pread(file.fileno(), 1 << 20, end):
         if data.strip(b"\0"):
             raise InputError(f"{path}: goes on after its end mark at byte {end:,}, as tars that were strung together do; {again}")
