@@ -10,7 +10,7 @@ import pytest
 from photos import write_photos
 from sources import hub_rows, images_of
 
-from ferkd.errors import InputError
+from ferkd.errors import InputError, SourceLost
 from ferkd.sources import Split, scan_split
 from ferkd.sources.hub import HubDataset
 
@@ -114,20 +114,33 @@ def test_rows_without_class_or_image(rows: Any, tmp_path: Path) -> None:
         scan_split(saved(nothing, tmp_path / "none"), "train")
     (tmp_path / "parquet").mkdir()
     rows.to_parquet(str(tmp_path / "parquet/train.parquet"))
-    with pytest.raises(InputError, match=r"\(train\[:0\]\): has no rows"):
+    with pytest.raises(InputError, match=r"train\[:0\].* no (rows|data)"):
         scan_split(f"hf:{tmp_path}/parquet?train=train[:0]", "train")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
-    images = [None, {"bytes": None, "path": str(tmp_path / "gone.png")}, {"bytes": b"", "path": None}]
-    odd = scan_split(
-        saved(datasets.Dataset.from_dict({"image": images, "label": ["a", "b", "a"]}, features=features), tmp_path / "odd"), "train"
-    )
-    for row, message in ((0, "there is no image in the row"), (1, "No such file"), (9, "there is no such row")):
+    odd_rows = datasets.Dataset.from_dict({"image": [None, {"bytes": b"", "path": None}], "label": ["a", "b"]}, features=features)
+    odd = scan_split(saved(odd_rows, tmp_path / "odd"), "train")
+    for row, message in ((0, "there is no image in the row"), (2, "there is no such row")):
         with pytest.raises(InputError, match=f"{row}: cannot be read: {message}"):
             odd.photos.read(f"train/{row:09d}")
-    assert odd.photos.read("train/000000002") == b""
-    assert list(odd.photos.sizes(odd.paths)) == [0, 0, 0]
+    assert odd.photos.read("train/000000001") == b""
+    assert list(odd.photos.sizes(odd.paths)) == [0, 0]
     assert "train/2" not in odd.photos
     assert "test/000000001" not in odd.photos
+
+
+def test_files_beside_the_rows_that_go_away(tmp_path: Path) -> None:
+    """An imagefolder's rows point to files: one that is gone is an unreadable photograph, a folder that is gone is no photograph's fault."""
+    data = write_photos(tmp_path / "data", train=2, val=1)
+    split = scan_split(f"hf:{data}", "train")
+    (data / "train/blue/0.png").unlink()
+    with pytest.raises(InputError, match=r"train/000000000: cannot be read: No such file") as caught:
+        split.photos.read("train/000000000")
+    assert not isinstance(caught.value, SourceLost)
+    assert next(iter(split.photos.sizes(split.paths))) == 0
+    data.rename(tmp_path / "unplugged")
+    with pytest.raises(SourceLost) as lost:
+        split.photos.read("train/000000001")
+    assert lost.value.place == f"{data}/train/blue"
 
 
 def test_what_is_no_dataset_is_one_line(tmp_path: Path) -> None:

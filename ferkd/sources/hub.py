@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ferkd.classes import ClassNumbers, some
-from ferkd.errors import InputError
+from ferkd.errors import InputError, SourceLost
 from ferkd.sources import Kind, Split, SplitName
 from ferkd.sources.classes import classes_of
 from ferkd.store import PathTable
@@ -226,7 +226,11 @@ class HubPhotos:
                 with open(found["path"], "rb") as file:
                     return file.read()
         except OSError as error:
-            raise InputError(f"{self.name(path)}: cannot be read: {error.strerror or _one_line(error)}") from error
+            text = f"{self.name(path)}: cannot be read: {error.strerror or _one_line(error)}"
+            folder = os.path.dirname(error.filename or "")
+            if folder and not os.path.isdir(folder):
+                raise SourceLost(text, folder) from error
+            raise InputError(text) from error
         raise InputError(f"{self.name(path)}: cannot be read: there is no image in the row")
 
     def __contains__(self, path: str) -> bool:

@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -39,6 +40,7 @@ COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4")
 MAGIC = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
 CLASS_BYTES, JSON_BYTES = 1 << 10, 1 << 20  # more is no class
 OPEN_SHARDS = 64
+SAY_SECONDS = 10.0
 CACHE_FORMAT = 1
 
 _SAMPLE = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
@@ -200,8 +202,10 @@ class _OpenTar:
             )
 
     def __del__(self) -> None:
-        with contextlib.suppress(AttributeError, OSError):
+        try:  # noqa: SIM105  at the end of the program contextlib may be gone before this is
             os.close(self.fd)
+        except (AttributeError, OSError):
+            pass
 
 
 # ---- The walk over the headers
@@ -349,7 +353,11 @@ def _walk(title: str, shards: list[tuple[Path, int]]) -> dict[str, Any]:
     label_of: list[int] = []
     labels: dict[str, int] = {}
     odd: dict[str, list[str]] = {}
+    told = time.monotonic()
     for number, (path, _) in enumerate(shards):
+        if time.monotonic() - told > SAY_SECONDS:
+            told = time.monotonic()
+            log.info("%s: read the headers of %d of %d shards, which is done once", title, number, len(shards))
         for sample in _samples(path):
             image = _image(sample)
             if isinstance(image, str):
