@@ -129,7 +129,7 @@ def test_rows_without_class_or_image(rows: Any, tmp_path: Path) -> None:
 
 
 def test_files_beside_the_rows_that_go_away(tmp_path: Path) -> None:
-    """An imagefolder's rows point to files: one that is gone is an unreadable photograph, a folder that is gone is no photograph's fault."""
+    """An imagefolder's rows point to files: one that is gone is an unreadable photograph; a folder that is gone is not their fault."""
     data = write_photos(tmp_path / "data", train=2, val=1)
     split = scan_split(f"hf:{data}", "train")
     (data / "train/blue/0.png").unlink()

@@ -471,7 +471,7 @@ def test_photographs_that_go_away_meanwhile_are_no_failed_ones(settings, monkeyp
         return read(photos, path, **options)
 
     monkeypatch.setattr(label_batches, "read_photo", unplug)
-    with pytest.raises(InputError, match="is no longer there; bring it back and start the same command again"):
+    with pytest.raises(InputError, match="is no longer there as it was; bring it back and start the same command again"):
         label(settings)
     monkeypatch.undo()
     gone.rename(settings.data)

@@ -16,7 +16,7 @@ import pytest
 from sources import write_tar
 
 from ferkd.errors import InputError, SourceLost
-from ferkd.sources import Split, scan_split
+from ferkd.sources import Split, scan_split, tar_index
 from ferkd.sources import tars as module
 
 IMAGE = b"x" * 700
@@ -126,8 +126,8 @@ def test_the_index_is_kept_and_made_anew_when_a_shard_changes(tmp_path: Path, ca
     path = shard(tmp_path, TWO)
     first = contents(train(tmp_path))
     walks = []
-    walk = module._walk
-    monkeypatch.setattr(module, "_walk", lambda *arguments: walks.append(1) or walk(*arguments))
+    walk = tar_index._walk
+    monkeypatch.setattr(tar_index, "_walk", lambda *arguments: walks.append(1) or walk(*arguments))
     assert contents(train(tmp_path)) == first
     assert not walks
     (kept,) = cache.iterdir()
@@ -150,7 +150,7 @@ def test_a_shard_that_changed_meanwhile_is_lost_and_no_unreadable_photograph(tmp
     path = shard(tmp_path, TWO)
     split = train(tmp_path)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(SourceLost, match=r"0\.tar: has 1,000 bytes and had 10,240 when its headers were read"):
+    with pytest.raises(SourceLost, match=r"0\.tar: was changed since its headers were read \(10,240 bytes then, 1,000 now\)"):
         split.photos.read("0.tar/a.jpg")
     path.unlink()
     with pytest.raises(SourceLost, match=r"0\.tar: cannot be opened: No such file"):

@@ -116,7 +116,7 @@ def source_of(data: Data) -> Source:
     if kind == "wds" and colon:
         from ferkd.sources.tars import TarShards
 
-        return TarShards(Path(rest))
+        return TarShards(Path(rest).expanduser())
     if kind == "hf" and colon:
         from ferkd.sources.hub import HubDataset
 

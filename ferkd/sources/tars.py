@@ -5,45 +5,29 @@ image is the part whose extension is that of an image (`jpg`); its class stands 
 "class". Numbers are class indices (see classes.class_mapping).
 
 Training visits photographs at random, and WebDataset's own reading is a stream, which gives them in the order of the shards. So the tars'
-headers are walked once, and a photograph is then one pread of its bytes where they lie: nothing is unpacked, and the tars must be local and
-uncompressed. The walk's result is kept in the user's cache folder and used as long as every shard has its size and time of change.
+headers are read once (tar_index.py), and a photograph is then one pread of its bytes where they lie: nothing is unpacked, and the tars must
+be local and uncompressed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import json
 import logging
 import os
-import re
-import tarfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ferkd.classes import ClassNumbers, some
 from ferkd.errors import InputError, SourceLost
-from ferkd.manifest import is_inside
-from ferkd.sources import IMAGE_EXTENSIONS, Kind, Split, SplitName
+from ferkd.sources import Kind, Split, SplitName
 from ferkd.sources.classes import classes_of
+from ferkd.sources.tar_index import TarIndex, read_index
 from ferkd.store import PathTable
 
 log = logging.getLogger(__name__)
 
 COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4")
-MAGIC = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
-CLASS_BYTES, JSON_BYTES = 1 << 10, 1 << 20  # more is no class
 OPEN_SHARDS = 64
-SAY_SECONDS = 10.0
-CACHE_FORMAT = 1
-
-_SAMPLE = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,22 +40,25 @@ class TarShards:
         return bool(self._shards(split))
 
     def photos(self, split: SplitName) -> TarPhotos:
-        return self._index(split).photos
+        return TarPhotos(self._title(split), self._index(split))
 
     def scan(self, split: SplitName) -> Split:
         index = self._index(split)
         for line in index.odd:
             log.warning("%s", line)
-        return Split(index.photos, index.photos.paths, index.classes, index.class_of, index.numbers)
+        return Split(TarPhotos(self._title(split), index), index.paths, *classes_of(index.labels, index.label_of))
 
-    def _index(self, split: SplitName) -> _Index:
+    def _title(self, split: SplitName) -> str:
+        return f"wds:{self.root} ({split})"
+
+    def _index(self, split: SplitName) -> TarIndex:
         shards = self._shards(split)
         if not shards:
             raise InputError(
                 f"wds:{self.root}: has no tar shards of {split}; put them in {self.root / split}/*.tar, "
                 f"or name them {self.root}/*{split}*.tar"
             )
-        return _indexed(f"wds:{self.root} ({split})", shards)
+        return read_index(self._title(split), shards)
 
     def _shards(self, split: SplitName) -> list[Path]:
         """The split's shards, sorted. Raises InputError when it is not clear which these are, or when they are compressed."""
@@ -117,41 +104,30 @@ def _names(folder: Path) -> list[str]:
 
 
 class TarPhotos:
-    """Photographs in tar shards, as `SHARD.tar/PATH-IN-IT`. `paths`: all of them; shard_of int32, at and size int64 [N]: where each lies.
-
-    `shards`: the files, and the size that each had when its headers were read. Pickles as these arrays; files are opened when they are
-    first read from, by every process anew.
-    """
+    """The photographs that an index says. Pickles as the index's arrays; files are opened when they are first read from, by every process
+    anew."""
 
     kind: Kind = "wds"
 
-    def __init__(
-        self,
-        title: str,
-        shards: list[tuple[Path, int]],
-        paths: PathTable,
-        shard_of: NDArray[np.int32],
-        at: NDArray[np.int64],
-        size: NDArray[np.int64],
-    ) -> None:
-        self.title, self.shards, self.paths, self.shard_of, self.at, self.size = title, shards, paths, shard_of, at, size
+    def __init__(self, title: str, index: TarIndex) -> None:
+        self.title, self.index = title, index
         self._open: dict[int, _OpenTar] = {}
 
-    def __reduce__(self) -> tuple[type[TarPhotos], tuple[Any, ...]]:
-        return TarPhotos, (self.title, self.shards, self.paths, self.shard_of, self.at, self.size)
+    def __reduce__(self) -> tuple[type[TarPhotos], tuple[str, TarIndex]]:
+        return TarPhotos, (self.title, self.index)
 
     def __str__(self) -> str:
         return self.title
 
     def name(self, path: str) -> str:
-        return os.path.join(self.shards[0][0].parent, path)
+        return os.path.join(self.index.shards[0][0].parent, path)
 
     def read(self, path: str) -> bytes:
         image = self._number(path)
         if image is None:
             raise InputError(f"{self.name(path)}: cannot be read: there is no such file in the shard")
-        shard = self._shard(int(self.shard_of[image]))  # held by name, or another thread could make it close before the read
-        at, size = int(self.at[image]), int(self.size[image])
+        shard = self._shard(int(self.index.shard_of[image]))  # held by name, or another thread could make it close before the read
+        at, size = int(self.index.at[image]), int(self.index.size[image])
         try:
             data = os.pread(shard.fd, size, at)
         except OSError as error:
@@ -164,21 +140,21 @@ class TarPhotos:
         return self._number(path) is not None
 
     def sizes(self, paths: PathTable) -> Iterator[int]:
-        return iter(self.size.tolist())
+        return iter(self.index.size.tolist())
 
     def described(self) -> dict[str, Any]:
-        return {"kind": self.kind, "shards": len(self.shards)}
+        return {"kind": self.kind, "shards": len(self.index.shards)}
 
     def _number(self, path: str) -> int | None:
         try:
-            return self.paths.index_of(path)
+            return self.index.paths.index_of(path)
         except InputError:
             return None
 
     def _shard(self, number: int) -> _OpenTar:
         shard = self._open.get(number)
         if shard is None:
-            shard = self._open[number] = _OpenTar(*self.shards[number])
+            shard = self._open[number] = _OpenTar(*self.index.shards[number])
             for oldest in list(self._open)[:-OPEN_SHARDS]:
                 self._open.pop(oldest, None)
         return shard
@@ -189,248 +165,18 @@ class _OpenTar:
 
     __slots__ = ("fd", "path")
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, changed_ns: int) -> None:
         self.path = path
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise SourceLost(f"{path}: cannot be opened: {error.strerror}", str(path)) from error
-        found = os.fstat(self.fd).st_size
-        if found != size:
-            raise SourceLost(
-                f"{path}: has {found:,} bytes and had {size:,} when its headers were read: it was changed meanwhile", str(path)
-            )
+        found = os.fstat(self.fd)
+        if (found.st_size, found.st_mtime_ns) != (size, changed_ns):
+            raise SourceLost(f"{path}: was changed since its headers were read ({size:,} bytes then, {found.st_size:,} now)", str(path))
 
     def __del__(self) -> None:
         try:  # noqa: SIM105  at the end of the program contextlib may be gone before this is
             os.close(self.fd)
         except (AttributeError, OSError):
             pass
-
-
-# ---- The walk over the headers
-
-
-@dataclasses.dataclass(frozen=True)
-class _Index:
-    """What the headers say: the photographs, the classes' names (sorted), class_of int32 [N], and what is to be said of odd samples."""
-
-    photos: TarPhotos
-    classes: tuple[str, ...]
-    class_of: NDArray[np.int32]
-    numbers: ClassNumbers | None
-    odd: tuple[str, ...]
-
-
-@dataclasses.dataclass
-class _Sample:
-    """The parts of a sample that count: images and their places by name, and the class as it is written."""
-
-    key: str
-    images: dict[str, tuple[str, int, int]] = dataclasses.field(default_factory=dict)
-    parts: set[str] = dataclasses.field(default_factory=set)
-    label: str | None = None
-    described: str | None = None
-
-
-def _samples(path: Path) -> Iterator[_Sample]:
-    """The samples of a shard, in order. Raises InputError for a file that is no tar, is damaged, cut short or hostile."""
-    with open(path, "rb") as file:
-        start = file.read(8)
-        for magic, command in MAGIC.items():
-            if start.startswith(magic):
-                raise InputError(f"{path}: is compressed; unpack it ({command}): photographs are read at random places")
-        file.seek(0)
-        sample: _Sample | None = None
-        seen: set[int] = set()
-        for member in _members(path, file):
-            name = member.name.removeprefix("./")
-            found = _SAMPLE.fullmatch(name)
-            if not found or not member.isfile():  # hidden files, folders; WebDataset passes them over as well
-                if found and not member.isdir():
-                    raise InputError(
-                        f"{path}: {name!r} is no plain file in it but a link or a device; write the shard anew with files alone"
-                    )
-                continue
-            key, extension = found[1], found[2].lower()
-            if not is_inside(name.encode("utf-8", "surrogateescape")):
-                raise InputError(f"{path}: holds {name!r}, a path that leads out of it or is none; do not trust this tar")
-            if sample is None or key != sample.key:
-                if sample is not None:
-                    yield sample
-                if hash(key) in seen:
-                    raise InputError(
-                        f"{path}: the key {key!r} comes twice: a sample's files must lie one after the other, and keys be distinct"
-                    )
-                seen.add(hash(key))
-                sample = _Sample(key)
-            if extension in sample.parts:
-                raise InputError(f"{path}: has two files {name!r}; a sample has one of each extension: write the shard anew")
-            sample.parts.add(extension)
-            _take(sample, path, file, name, extension, member)
-        if sample is not None:
-            yield sample
-
-
-def _take(sample: _Sample, path: Path, file: IO[bytes], name: str, extension: str, member: tarfile.TarInfo) -> None:
-    if f".{extension}" in IMAGE_EXTENSIONS:
-        if member.issparse():
-            raise InputError(f"{path}: {name!r} is a sparse file, which lies in pieces; write the shard anew without --sparse")
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"{path}: holds a file whose name is not UTF-8 ({os.fsencode(name)!r}); rename it") from error
-        sample.images[extension] = (name, member.offset_data, member.size)
-    elif extension == "cls" and member.size <= CLASS_BYTES:
-        sample.label = _text(os.pread(file.fileno(), member.size, member.offset_data))
-    elif extension == "json" and member.size <= JSON_BYTES:
-        sample.described = _described_class(os.pread(file.fileno(), member.size, member.offset_data))
-
-
-def _text(data: bytes) -> str | None:
-    """A class as a text, None where there is none."""
-    try:
-        text = data.decode().strip()
-    except UnicodeDecodeError:
-        return None
-    return text if text.isprintable() and text else None
-
-
-def _described_class(data: bytes) -> str | None:
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(content, dict):
-        return None
-    label = content.get("label", content.get("class"))
-    if isinstance(label, bool) or not isinstance(label, int | str):
-        return None
-    return _text(str(label)[:CLASS_BYTES].encode("utf-8", "replace"))
-
-
-def _members(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
-    """The headers of a tar. Python's own reader takes a damaged header, and an end without its mark, for the end, in silence."""
-    size = os.fstat(file.fileno()).st_size
-    again, before = "copy it again, or write it anew", -1
-    try:
-        with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape", encoding="utf-8") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # else it keeps them all
-                if member.offset <= before or member.size < 0:
-                    raise InputError(f"{path}: its header at byte {member.offset:,} leads backwards; do not trust this tar")
-                before = member.offset
-                yield member
-            end = tar.offset
-    except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError) as error:
-        if size == 0 or "unexpected end" not in str(error):
-            raise InputError(f"{path}: is no tar, or a damaged one ({str(error) or type(error).__name__}); {again}") from error
-        raise InputError(f"{path}: is cut short: it ends at byte {size:,}, in the midst of a file; {again}") from error
-    block = os.pread(file.fileno(), tarfile.BLOCKSIZE, end)
-    if len(block) < tarfile.BLOCKSIZE:
-        raise InputError(f"{path}: is cut short: it ends at byte {size:,}, without an end mark; {again}")
-    if block.strip(b"\0"):
-        raise InputError(f"{path}: its header at byte {end:,} is damaged; {again}")
-    while data := os.pread(file.fileno(), 1 << 20, end):
-        if data.strip(b"\0"):
-            raise InputError(f"{path}: goes on after its end mark at byte {end:,}, as tars that were strung together do; {again}")
-        end += len(data)
-
-
-def _image(sample: _Sample) -> tuple[str, int, int] | str:
-    """A sample's image, or what is odd about the sample."""
-    if len(sample.images) != 1:
-        return f"{len(sample.images)} images ({', '.join(sorted(sample.images))})" if sample.images else "no image"
-    if sample.label is None and sample.described is None:
-        return "no class"
-    return next(iter(sample.images.values()))
-
-
-def _walk(title: str, shards: list[tuple[Path, int]]) -> dict[str, Any]:
-    """Reads all headers: the arrays that the cache keeps."""
-    names: list[bytes] = []
-    where: list[tuple[int, int, int]] = []
-    label_of: list[int] = []
-    labels: dict[str, int] = {}
-    odd: dict[str, list[str]] = {}
-    told = time.monotonic()
-    for number, (path, _) in enumerate(shards):
-        if time.monotonic() - told > SAY_SECONDS:
-            told = time.monotonic()
-            log.info("%s: read the headers of %d of %d shards, which is done once", title, number, len(shards))
-        for sample in _samples(path):
-            image = _image(sample)
-            if isinstance(image, str):
-                odd.setdefault(image, []).append(f"{path.name}/{sample.key}")
-                continue
-            label = sample.label if sample.label is not None else sample.described
-            assert label is not None
-            names.append(f"{path.name}/{image[0]}".encode())
-            where.append((number, *image[1:]))
-            label_of.append(labels.setdefault(label, len(labels)))
-    lines = [f"{title}: {len(keys):,} sample(s) with {what} are left out: {some(keys)}" for what, keys in odd.items()]
-    if not names:
-        raise InputError(f"{title}: no sample with an image and a class; {lines[0] if lines else 'the shards are empty'}")
-    order = sorted(range(len(names)), key=names.__getitem__)
-    paths = PathTable.from_paths(names[i].decode() for i in order)
-    places = np.array(where, np.int64)[order]
-    return {
-        "blob": np.frombuffer(b"".join(paths.chunks()), np.uint8),
-        "offsets": paths.offsets,
-        "shard_of": places[:, 0].astype(np.int32),
-        "at": places[:, 1],
-        "size": places[:, 2],
-        "label_of": np.array(label_of, np.int32)[order],
-        "text": np.frombuffer(json.dumps({"labels": list(labels), "odd": lines}).encode(), np.uint8),
-    }
-
-
-def _indexed(title: str, files: list[Path]) -> _Index:
-    """The index of shards: from the cache where it is these shards', else by reading their headers."""
-    shards, key = [], hashlib.sha256(f"{CACHE_FORMAT}\n{title}\n".encode("utf-8", "surrogateescape"))
-    for file in files:
-        try:
-            found = os.stat(file)
-        except OSError as error:
-            raise InputError(f"{file}: cannot be read ({error.strerror}); make it readable, or remove it") from error
-        shards.append((file, found.st_size))
-        key.update(f"{file.name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-    place = hashlib.sha256(os.fsencode(files[0].parent.resolve()) + title.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    cache = _cache_folder() / f"tars-{place}.npz"
-    arrays = _cached(cache, key.digest())
-    if arrays is None:
-        try:
-            arrays = _walk(title, shards)
-        except OSError as error:
-            raise InputError(f"{error.filename or title}: cannot be read ({error.strerror}); make it readable, or remove it") from error
-        _keep(cache, key.digest(), arrays)
-    paths = PathTable(arrays["blob"].tobytes(), arrays["offsets"])
-    photos = TarPhotos(title, shards, paths, arrays["shard_of"], arrays["at"], arrays["size"])
-    text = json.loads(arrays["text"].tobytes())
-    return _Index(photos, *classes_of(text["labels"], arrays["label_of"]), tuple(text["odd"]))
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ferkd"
-
-
-def _cached(cache: Path, key: bytes) -> dict[str, NDArray[Any]] | None:
-    """A kept index, None when there is none, it is damaged (zip has CRC32s) or it is of other shards."""
-    try:
-        with np.load(cache, allow_pickle=False) as kept:
-            if kept["key"].tobytes() != key:
-                return None
-            return {name: kept[name] for name in ("blob", "offsets", "shard_of", "at", "size", "label_of", "text")}
-    except MemoryError:
-        raise
-    except Exception:  # whatever a damaged zip makes its readers raise
-        return None
-
-
-def _keep(cache: Path, key: bytes, arrays: dict[str, NDArray[Any]]) -> None:
-    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):  # no cache, no harm
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            np.savez(file, key=np.frombuffer(key, np.uint8), **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, cache)
