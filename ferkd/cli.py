@@ -110,8 +110,8 @@ def inspect(arguments: Sequence[str]) -> None:
     if settings.thresholds == "quantile":
         policy = quantile_policy(store, policy)
         quantiles = quantile_line(policy, store)
-    inspection = inspect_store(store, policy, say_progress(len(store)))
     photos = labelled_photos(settings.data, store) if settings.data else None
+    inspection = inspect_store(store, policy, say_progress(len(store)))
     written = []
     if settings.pictures:
         written.append(settings.pictures / "confidence.png")

@@ -75,9 +75,10 @@ class HubDataset:
     @functools.cached_property
     def _splits(self) -> dict[str, Any]:
         """The dataset's own splits, each a datasets.Dataset, by name."""
-        datasets, local = _library(), _is_local(self.name)
+        local = _is_local(self.name)
         if local and not os.path.isdir(self.name):
             raise InputError(f"{self}: no such folder; give a folder that `datasets` understands, or the NAME of a dataset of the Hub")
+        datasets = _library()
         if local and any((Path(self.name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
             loaded = self._load(datasets.load_from_disk, self.name)
         else:

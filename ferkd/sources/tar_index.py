@@ -199,9 +199,9 @@ def _walk(title: str, shards: Sequence[tuple[Path, int, int]]) -> dict[str, Any]
             names.append(f"{path.name}/{image[0]}".encode())
             where.append((number, *image[1:]))
             label_of.append(labels.setdefault(label, len(labels)))
-    lines = [f"{title}: {len(keys):,} sample(s) with {what} are left out: {some(keys)}" for what, keys in odd.items()]
+    lines = [f"{len(keys):,} sample(s) with {what} are left out: {some(keys)}" for what, keys in odd.items()]
     if not names:
-        raise InputError(f"{title}: no sample with an image and a class; {lines[0] if lines else 'the shards are empty'}")
+        raise InputError(f"{title}: no sample with an image and a class: {lines[0] if lines else 'the shards are empty'}")
     order = sorted(range(len(names)), key=names.__getitem__)
     paths = PathTable.from_paths(names[i].decode() for i in order)
     places = np.array(where, np.int64)[order]

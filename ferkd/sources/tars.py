@@ -45,7 +45,7 @@ class TarShards:
     def scan(self, split: SplitName) -> Split:
         index = self._index(split)
         for line in index.odd:
-            log.warning("%s", line)
+            log.warning("%s: %s", self._title(split), line)
         return Split(TarPhotos(self._title(split), index), index.paths, *classes_of(index.labels, index.label_of))
 
     def _title(self, split: SplitName) -> str:
@@ -81,7 +81,7 @@ class TarShards:
         for name in names:
             if not name.endswith(".tar"):
                 raise InputError(
-                    f"{folder / name}: is compressed, and photographs are read at random places, which a compressed tar has none of; "
+                    f"{folder / name}: is compressed; photographs are read at random places, and a compressed file only from its start: "
                     "unpack it to a plain .tar (gzip -d, xz -d, zstd -d): JPEGs hardly grow"
                 )
         return [folder / name for name in names]
