@@ -16,7 +16,7 @@ from ferkd.data import UNREADABLE, CenterViews, evaluation_loader, loaded
 from ferkd.distributed import Ranks
 from ferkd.errors import InputError
 from ferkd.normalise import Normalise
-from ferkd.sources import Data, scan_split
+from ferkd.sources import scan_split
 from ferkd.teacher import LoadedModel, Preprocessing
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Accuracy(NamedTuple):
     unreadable: int = 0
 
 
-def evaluate_model(loaded: LoadedModel, data: Data, batch_size: int = 64, workers: int | None = None) -> Accuracy:
+def evaluate_model(loaded: LoadedModel, data: str | os.PathLike[str], batch_size: int = 64, workers: int | None = None) -> Accuracy:
     """Evaluate a trained run or a teacher on DATA/val. Raises InputError when its classes and the class folders do not fit."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     val = scan_split(data, "val")

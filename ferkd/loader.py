@@ -15,7 +15,7 @@ from ferkd.errors import InputError
 from ferkd.photos import DecodedPhotos, DecodedSource, LabelledPhotos, check_same_photos
 from ferkd.records import Records
 from ferkd.regions import RegionPolicy
-from ferkd.sources import Data, labelled_photos
+from ferkd.sources import labelled_photos
 from ferkd.store import LabelStore
 from ferkd.stream import CropStream, StreamSampler, plan_phases
 
@@ -33,12 +33,14 @@ class CropLoader:
     `rank` of `world_size` processes gets its share of every step; batch_size counts the crops of all. `workers`: loader processes, default
     one a core but one, at most 8. `cache` keeps every decoded photograph in shared memory.
 
+    `data` is what `--data` takes: a folder, wds:DIR or hf:NAME (docs/sources.md).
+
     Raises InputError for settings that do not fit each other or the store, StoreError for photographs that are not those labelled.
     """
 
     def __init__(
         self,
-        data: Data,
+        data: str | os.PathLike[str],
         labels: str | os.PathLike[str] | LabelStore,
         *,
         size: int,

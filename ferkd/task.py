@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from ferkd.quantiles import quantile_line, quantile_policy
 from ferkd.recipes import TrainConfig
 from ferkd.regions import Region, RegionPolicy
 from ferkd.runs import Resume
-from ferkd.sources import Data, Split, check_same_classes, labelled_photos, scan_split
+from ferkd.sources import Split, check_same_classes, labelled_photos, scan_split
 from ferkd.store import LabelStore
 from ferkd.teacher import Preprocessing
 
@@ -42,7 +43,7 @@ class Job:
     Labels come from the store `labels`, or from `teacher` (a SPEC) at every step, or from the folders.
     """
 
-    data: Data
+    data: str | os.PathLike[str]
     student: str
     out: Path
     config: TrainConfig
