@@ -111,7 +111,7 @@ def test_numbers_are_class_indices_however_they_are_written(tmp_path: Path) -> N
 
 def test_odd_samples_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     odd = [("c.jpg", b""), ("d.cls", b"cat"), ("e.jpg", b""), ("e.png", b""), ("e.cls", b"cat"), ("f.jpg", b""), ("f.cls", b"\xff\0")]
-    odd += [("g.jpg", b""), ("g.json", b'{"label": true}'), ("h.jpg", b""), ("h.cls", b"x" * 5000)]
+    odd += [("g.jpg", b""), ("g.json", b'{"label": "\\ud800"}'), ("h.jpg", b""), ("h.cls", b"x" * 5000)]
     root = shard(tmp_path, TWO + odd).parents[1]
     for _ in range(2):  # read from the tar, and from the cache
         caplog.clear()
@@ -219,6 +219,17 @@ def _negative(root: Path) -> None:
     _raw(_file("z.jpg", b"x" * 3000), info)(root)
 
 
+def _endless(root: Path) -> None:
+    info = _file("a.jpg", b"")
+    info.pax_headers = {"size": str(2**62)}
+    _raw(info)(root)
+
+
+def _pipe(root: Path) -> None:
+    (root / "train").mkdir(parents=True)
+    os.mkfifo(root / "train/0.tar")
+
+
 BAD: list[tuple[str, Callable[[Path], object], str]] = [
     ("no such folder", lambda root: None, r"no such folder; give the folder that holds the tar shards"),
     ("no shards", lambda root: (root / "train").mkdir(parents=True), r"has no tar shards of train; put them in .*/train/\*\.tar"),
@@ -242,6 +253,8 @@ BAD: list[tuple[str, Callable[[Path], object], str]] = [
     ("an absolute path", lambda root: shard(root, [("/etc/a.jpg", b"")]), r"holds '/etc/a\.jpg', a path that leads out"),
     ("a symbolic link", _raw(_link("a.jpg", tarfile.SYMTYPE)), r"'a\.jpg' is no plain file in it but a link"),
     ("a hard link", _raw(_link("a.jpg", tarfile.LNKTYPE)), r"'a\.jpg' is no plain file in it but a link"),
+    ("a size beyond everything", _endless, r"0\.tar: cannot be read \(Invalid argument\), or is a damaged tar"),
+    ("a pipe", _pipe, r"0\.tar: is no file; remove it"),
     ("a size below nothing", _negative, r"0\.tar: (its header at byte|is no tar, or a damaged one)"),
     ("a name that is not UTF-8", _raw(_file("\udcff.jpg", b"x")), r"holds a file whose name is not UTF-8"),
 ]  # fmt: skip

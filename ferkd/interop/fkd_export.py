@@ -234,7 +234,11 @@ def _unfit(labels: ImageLabels, photos: Photos | None, exif_applied: bool) -> st
     if photos is None:
         return None
     try:
-        with PIL.Image.open(io.BytesIO(photos.read(labels.path))) as photo:
+        data = photos.read(labels.path)
+    except InputError as error:
+        return str(error).removeprefix(f"{photos.name(labels.path)}: ")
+    try:
+        with PIL.Image.open(io.BytesIO(data)) as photo:
             size, orientation = photo.size, photo.getexif().get(ORIENTATION, 1)
     except Exception as error:  # Pillow's plug-ins raise what they like
         return f"cannot be read ({type(error).__name__})"

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import stat
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
@@ -137,7 +138,8 @@ def _described_class(data: bytes) -> str | None:
     label = content.get("label", content.get("class"))
     if isinstance(label, bool) or not isinstance(label, int | str):
         return None
-    return _text(str(label)[:CLASS_BYTES].encode("utf-8", "replace"))
+    data = str(label).encode("utf-8", "surrogatepass")
+    return _text(data) if len(data) <= CLASS_BYTES else None
 
 
 def _members(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
@@ -157,6 +159,8 @@ def _members(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
         if size == 0 or "unexpected end" not in str(error):
             raise InputError(f"{path}: is no tar, or a damaged one ({str(error) or type(error).__name__}); {again}") from error
         raise InputError(f"{path}: is cut short: it ends at byte {size:,}, in the midst of a file; {again}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}), or is a damaged tar; {again}") from error
     block = os.pread(file.fileno(), tarfile.BLOCKSIZE, end)
     if len(block) < tarfile.BLOCKSIZE:
         raise InputError(f"{path}: is cut short: it ends at byte {size:,}, without an end mark; {again}")
@@ -227,6 +231,8 @@ def read_index(title: str, files: Sequence[Path]) -> TarIndex:
             found = os.stat(file)
         except OSError as error:
             raise InputError(f"{file}: cannot be read ({error.strerror}); make it readable, or remove it") from error
+        if not stat.S_ISREG(found.st_mode):
+            raise InputError(f"{file}: is no file; remove it")
         shards.append((file, found.st_size, found.st_mtime_ns))
         key.update(f"{file.name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     place = hashlib.sha256(os.fsencode(files[0].parent.resolve()) + title.encode("utf-8", "surrogateescape")).hexdigest()[:32]
