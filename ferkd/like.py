@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ferkd.errors import InputError
-from ferkd.sources import Split
+from ferkd.sources import Split, check_same_kind
 from ferkd.store import LabelStore
 from ferkd.teacher import TeacherClasses
 
 
 def images_of(store: LabelStore, train: Split) -> NDArray[np.int64]:
     """The places in `train` of the store's images, in their order [N]. Raises InputError naming one that is not there."""
+    check_same_kind(train.photos, store)
     places = np.empty(len(store), np.int64)
     place, there = 0, len(train)
     for image in range(len(store)):  # both are sorted

@@ -25,7 +25,7 @@ from ferkd.errors import InputError, StoreError
 from ferkd.label_plan import AUTOCAST_DTYPE
 from ferkd.process import keep_freed_memory
 from ferkd.records import pack_labels
-from ferkd.sources import DataFlag, Split, labelled_photos, scan_split
+from ferkd.sources import DataFlag, Split, check_same_kind, scan_split
 from ferkd.store import LabelStore
 from ferkd.teacher import LoadedModel, TeacherClasses, choose_classes, load_teacher
 from ferkd.verify_sample import Asking, SampledPhoto, divergence, likely_cause, read_sample
@@ -132,8 +132,8 @@ def verify(settings: VerifySettings) -> Verdict:
     device = choose_device(settings.device)
     if device.type == "cpu":
         keep_freed_memory()
-    labelled_photos(settings.data, store)  # refuses another kind of source
     split = scan_split(settings.data, "train")
+    check_same_kind(split.photos, store)
     teacher = load_teacher(settings.teacher, settings.teacher_weights, recorded.input_size)
     classes = choose_classes(
         "folder" if recorded.teacher.get("classes_used") == "folder" else "teacher", sorted(store.folders), teacher, split.numbers

@@ -73,7 +73,7 @@ def test_columns_may_be_named(rows: Any, tmp_path: Path) -> None:
     """Two columns of images, classes as texts; a selection of rows in an order of its own."""
     rows = rows.add_column("kind", ["ab"[i % 2] for i in range(9)]).remove_columns("label").select([8, 0, 3])
     encoded = rows.cast_column("image", datasets.Image(decode=False))["image"][:]
-    data = saved(rows.add_column("second", encoded, feature=datasets.Image()), tmp_path / "disk")
+    data = saved(rows.add_column("second", encoded).cast_column("second", datasets.Image()), tmp_path / "disk")
     split = scan_split(f"{data}?image=second&label=kind", "train")
     assert [name for name, _ in contents(split)] == ["a", "a", "b"]
     assert split.numbers is None

@@ -155,6 +155,14 @@ def test_labels_do_not_go_with_another_kind_of_source(place: Path, kind: str, ot
     """The photographs are the same, but not their names: refused at once, and not as photographs that are missing."""
     with pytest.raises(ValueError, match=rf"was labelled from {what}, and .* is .*give the --data that was labelled"):
         CropLoader(data_of(place, other), place / f"labels-{kind}", size=16, batch_size=12, epochs=1)
+    data = data_of(place, other)
+    for command in (
+        ["verify", str(place / f"labels-{kind}"), "--data", data, "--teacher", TEACHER],
+        ["label", "--data", data, "--teacher", TEACHER, "--like", str(place / f"labels-{kind}"), "--out", str(place / "never")],
+    ):
+        status, said = quiet(command)
+        assert status == 2
+        assert "give the --data that was labelled" in said
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -140,13 +140,18 @@ def kind_of(store: LabelStore) -> str:
 def labelled_photos(data: Data, store: LabelStore) -> Photos:
     """The photographs that a store's labels were made from. Raises StoreError when `data` is another kind of source."""
     photos = source_of(data).photos("train")
+    check_same_kind(photos, store)
+    return photos
+
+
+def check_same_kind(photos: Photos, store: LabelStore) -> None:
+    """Raises StoreError for photographs from another kind of source than those a store was labelled from."""
     kind = kind_of(store)
     if kind != photos.kind:
         raise StoreError(
             f"{store.path}: was labelled from {_PLACES.get(kind, kind)}, and {photos} is {_PLACES[photos.kind]}: images have "
             "other names there, so labels would not find theirs; give the --data that was labelled, or label this one"
         )
-    return photos
 
 
 def read_photo(photos: Photos, path: str, *, apply_exif: bool = True) -> Photo:
