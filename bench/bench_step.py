@@ -41,12 +41,12 @@ from ferkd.data import CropBatch, pixel_rows
 from ferkd.distributed import Ranks
 from ferkd.meter import Meter
 from ferkd.mixing import Mixing
+from ferkd.preprocessing import Preprocessing
 from ferkd.process import keep_freed_memory
 from ferkd.recipes import TrainConfig
 from ferkd.step import TrainStep
 from ferkd.stream import CropStream, Phase
 from ferkd.task import AMP_DTYPE, Job, Task
-from ferkd.teacher import Preprocessing
 
 CROPS = 4
 

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command, on a machine without a network. It ends within LIMIT seconds (default: 9 minutes).
 #
-#   bench/gpu.sh [--dry] [all|tests|loss|step]
+#   bench/gpu.sh [--dry] [all|tests|loss|step|convergence]
 #
 #   all    (default) what follows
 #   tests  the GPU tests, then compute-sanitizer's four tools over bench/sanitize_loss.py
 #   loss   bench/bench_loss.py and its picture
 #   step   bench/profile_step.py: a compiled ResNet-50 step; bench/bench_step.py: the loop's step beside the bare model's
+#   convergence   (not part of all) bench/convergence's studies for a GPU; FERKD_TEST_DATA is the folder that has imagenette-128.tar.gz.
+#          What is left when the time is up is done by the next call, which goes on from the rows in bench/results
 #   --dry  everything small and on the CPU: tries this script where there is no GPU
 #
 # PYTHON (default python3) is the interpreter whose torch is used. ferkd is built with it and installed in a virtual environment of its own,
@@ -18,7 +20,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 usage() {
-    sed -n '4,10s/^# *//p' bench/gpu.sh >&2
+    sed -n '4,12s/^# *//p' bench/gpu.sh >&2
     exit 2
 }
 DRY=
@@ -26,7 +28,7 @@ MODE=all
 for argument; do
     case $argument in
         --dry) DRY=1 ;;
-        all | tests | loss | step) MODE=$argument ;;
+        all | tests | loss | step | convergence) MODE=$argument ;;
         *) usage ;;
     esac
 done
@@ -40,6 +42,11 @@ export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 [ -z "$DRY" ] || export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 # one thread: shapes are tiny, and the machine may be busy
 if [ -z "$DRY" ] && ! "$PYTHON" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
     echo "bench/gpu.sh: the torch of $PYTHON sees no GPU; bench/gpu.sh --dry tries the script without one" >&2
+    exit 2
+fi
+
+if [ "$MODE" = convergence ] && [ ! -f "${FERKD_TEST_DATA:-}/imagenette-128.tar.gz" ]; then
+    echo "bench/gpu.sh: convergence needs imagenette-128.tar.gz in the folder FERKD_TEST_DATA (now '${FERKD_TEST_DATA:-}')" >&2
     exit 2
 fi
 
@@ -170,10 +177,23 @@ loss() {
     "$PYTHON_HERE" bench/plot_loss.py
 }
 
+# Labels are made anew in each call (they take a minute); rows are not.
+convergence() {
+    local studies=(imagenette-tune gpu-imagenette-resnet18 gpu-imagenette-resnet50) name rows
+    for name in "${studies[@]}"; do
+        rows=convergence-$name.csv
+        [ -e "$OUT/$rows" ] || [ ! -e "bench/results/$rows" ] || cp "bench/results/$rows" "$OUT" || return
+    done
+    "$PYTHON_HERE" -m bench.convergence.run --work build/convergence --results "$OUT" --nice 0 "$@" "${studies[@]}"
+    local status=$?
+    "$PYTHON_HERE" -m bench.convergence.run --work build/convergence --results "$OUT" --list "${studies[@]}"
+    ((status == 75)) || return $status # 75: stopped in time, and saved
+}
+
 # ------------------------------------------------------------------------------------------------ the run
 
-export -f facts build run_tests sanitize loss
-for name in build tests loss step; do rm -f "$OUT/$name.log"; done
+export -f facts build run_tests sanitize loss convergence
+for name in build tests loss step convergence; do rm -f "$OUT/$name.log"; done
 wants() { [ "$MODE" = all ] || [ "$MODE" = "$1" ]; }
 # Alone, a stage may take all the time; together they share it.
 most() { if [ "$MODE" = all ]; then echo "$1"; else echo "$LIMIT"; fi; }
@@ -204,6 +224,14 @@ if wants step; then
     else
         stage step "$(most 120)" 36 '"$PYTHON_HERE" bench/profile_step.py'
         LOG=step stage loop "$(most 90)" 4 '"$PYTHON_HERE" bench/bench_step.py --model resnet50 --batch 256 --amp bf16 --seconds 10'
+    fi
+fi
+
+if [ "$MODE" = convergence ]; then
+    if [ -n "$DRY" ]; then
+        stage convergence 60 4 'convergence --seconds 20 --jobs 1'
+    else
+        stage convergence "$LIMIT" 6 "convergence --seconds $((LIMIT - SECONDS - 40)) --jobs 4 --workers 3 --label-batch 512"
     fi
 fi
 

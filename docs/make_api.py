@@ -31,7 +31,8 @@ MODULES = {
         "ferkd.train": ["train"],
         "ferkd.recipes": ["TrainConfig", "recipe"],
         "ferkd.evaluation": ["evaluate_model", "Accuracy"],
-        "ferkd.teacher": ["load_teacher", "load_run", "Preprocessing"],
+        "ferkd.teacher": ["load_teacher", "load_run"],
+        "ferkd.preprocessing": ["Preprocessing"],
     },
     "Errors": {"ferkd.errors": ["InputError", "StoreError", "CheckFailed", "Stopped"]},
 }

@@ -172,7 +172,7 @@ def surviving_crops(store: LabelStore, labels: ImageLabels, policy: RegionPolicy
     survivors = np.flatnonzero(region_of(confidence, policy).numpy() != Region.DISCARDED)
     if len(survivors) == 0:
         raise StoreError(
-            f"{store.path}: {labels.path} has no crop left under {policy}, though the policy's list of usable images names it; "
+            f"{store.source}: {labels.path} has no crop left under {policy}, though the policy's list of usable images names it; "
             f"delete {store.path}/policies"
         )
     return survivors

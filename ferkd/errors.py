@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class InputError(ValueError):
     """Wrong use or wrong input: what was found and what to do. Exit status 2."""
@@ -28,3 +30,13 @@ class SourceLost(InputError):
 
     def __reduce__(self) -> tuple[type[SourceLost], tuple[str, str]]:
         return SourceLost, (str(self), self.place)
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What an error of another library says, on one line of at most `most` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def few(items: Sequence[str], most: int = 3) -> str:
+    return ", ".join(items[:most]) + (", ..." if len(items) > most else "")

@@ -16,8 +16,9 @@ from ferkd.data import UNREADABLE, CenterViews, evaluation_loader, loaded
 from ferkd.distributed import Ranks
 from ferkd.errors import InputError
 from ferkd.normalise import Normalise
+from ferkd.preprocessing import Preprocessing
 from ferkd.sources import scan_split
-from ferkd.teacher import LoadedModel, Preprocessing
+from ferkd.teacher import LoadedModel
 
 log = logging.getLogger(__name__)
 

@@ -123,7 +123,7 @@ def check_same_photos(photos: Photos, store: LabelStore, samples: int = 16) -> N
             continue  # could not be read when it was labelled
         if entry.path not in photos:
             raise StoreError(
-                f"{store.path}: labelled {entry.path}, which is not in {photos}: deleted since, or is this the store of another dataset? "
+                f"{store.source}: labelled {entry.path}, which is not in {photos}: deleted since, or is this the store of another dataset? "
                 "Restore the photograph, or give the --data that was labelled"
             )
         labelled(image)

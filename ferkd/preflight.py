@@ -23,8 +23,9 @@ from torch import Tensor
 from ferkd.crops import CropSettings, center_view, draw_crops, take_crop
 from ferkd.errors import CheckFailed, InputError
 from ferkd.photos import SplitPhotos
+from ferkd.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from ferkd.sources import Split
-from ferkd.teacher import IMAGENET_MEAN, IMAGENET_STD, LoadedModel, Preprocessing, TeacherClasses, answer_logits
+from ferkd.teacher import LoadedModel, TeacherClasses, answer_logits
 
 PREFLIGHT_IMAGES = 256
 PREFLIGHT_CROPS = 500

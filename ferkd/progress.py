@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from ferkd.errors import InputError
+from ferkd.errors import InputError, one_line
 from ferkd.recipes import TrainConfig
 from ferkd.runs import RunFolder
 
@@ -85,7 +85,7 @@ class Progress:
             if self._bar is not None:
                 self._bar.close()
             self._bar, self._may_have_bar = None, False
-            self.run.say(f"warning: no progress bar ({_one_line(error)}); lines from here on")
+            self.run.say(f"warning: no progress bar ({one_line(error)}); lines from here on")
         return self._may_have_bar
 
     def _start_loggers(self, names: Sequence[str], config: TrainConfig) -> None:
@@ -101,9 +101,9 @@ class Progress:
                 if step is None:
                     self.close()
                     raise InputError(
-                        f"loggers: {name} cannot start ({_one_line(error)}); mend that, or leave it out of --loggers"
+                        f"loggers: {name} cannot start ({one_line(error)}); mend that, or leave it out of --loggers"
                     ) from error
-                self.run.say(f"warning: {name} cannot start ({_one_line(error)}): going on without it; log.jsonl has everything")
+                self.run.say(f"warning: {name} cannot start ({one_line(error)}): going on without it; log.jsonl has everything")
             else:
                 self._loggers[name] = logger
                 ids[name] = logger.id
@@ -119,7 +119,7 @@ class Progress:
                 act(self._loggers[name])
         except Exception as error:
             del self._loggers[name]
-            self.run.say(f"warning: {name} failed ({_one_line(error)}): going on without it; log.jsonl has everything")
+            self.run.say(f"warning: {name} failed ({one_line(error)}): going on without it; log.jsonl has everything")
 
 
 def train_text(line: Mapping[str, Any], total_steps: int, seconds_left: float) -> str:
@@ -283,7 +283,3 @@ def check_loggers(names: Sequence[str]) -> None:
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:  # wandb leaves folders called wandb about, which look like packages
             raise InputError(f"loggers: {name} is not installed; pip install 'ferkd[{name}]', or leave it out of --loggers")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -22,12 +22,12 @@ from ferkd.loss import LossStats, ferkd_loss, label_mass
 from ferkd.meter import Meter
 from ferkd.mixing import MixedRows, draw_mixing, mix_pixels
 from ferkd.normalise import Normalise
+from ferkd.preprocessing import Preprocessing
 from ferkd.recipes import TrainConfig
 from ferkd.records import Records
 from ferkd.regions import RegionPolicy
 from ferkd.stream import CropStream
 from ferkd.task import AMP_DTYPE, Task
-from ferkd.teacher import Preprocessing
 
 
 class Part(NamedTuple):

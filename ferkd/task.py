@@ -24,6 +24,7 @@ from ferkd.distributed import Ranks
 from ferkd.errors import InputError
 from ferkd.online import OnlineTeacher, check_online_teacher, load_online_teacher
 from ferkd.photos import DecodedPhotos, DecodedSource, LabelledPhotos, SplitPhotos, check_same_photos
+from ferkd.preprocessing import Preprocessing
 from ferkd.progress import print_line
 from ferkd.quantiles import quantile_line, quantile_policy
 from ferkd.recipes import TrainConfig
@@ -31,7 +32,6 @@ from ferkd.regions import Region, RegionPolicy
 from ferkd.runs import Resume
 from ferkd.sources import Split, check_same_classes, labelled_photos, scan_split
 from ferkd.store import LabelStore
-from ferkd.teacher import Preprocessing
 
 AMP_DTYPE = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -180,13 +180,13 @@ def _from_store(job: Job, store: LabelStore, val: Split) -> Task:
     unknown = [folder for folder in val.folders if folder not in store.folders]
     if unknown:
         raise InputError(
-            f"{val}: classes {', '.join(unknown[:5])} are not in the store {store.path}, which was labelled with "
+            f"{val}: classes {', '.join(unknown[:5])} are not in the store {store.source}, which was labelled with "
             f"{', '.join(list(store.folders)[:5])}...; give the --data that was labelled"
         )
     missing = [folder for folder in store.folders if folder not in val.folders]
     if missing:
         raise InputError(
-            f"{val}: lacks the classes {', '.join(missing[:5])} of the store {store.path}; "
+            f"{val}: lacks the classes {', '.join(missing[:5])} of the store {store.source}; "
             "give val the classes that were labelled, with the same names"
         )
     policy = job.config.policy

@@ -17,10 +17,11 @@ from torch import Tensor
 from ferkd.crops import Interpolation, decode, photo_crc, take_crop
 from ferkd.errors import InputError
 from ferkd.preflight import NORMALISATIONS
+from ferkd.preprocessing import Preprocessing
 from ferkd.records import pack_labels
 from ferkd.sources import Photos
 from ferkd.store import ImageLabels, LabelStore
-from ferkd.teacher import LoadedModel, Preprocessing, TeacherClasses, answer_logits
+from ferkd.teacher import LoadedModel, TeacherClasses, answer_logits
 
 CROPS_A_PHOTO = 4
 CAUSE_CROPS = 96

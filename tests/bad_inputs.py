@@ -162,6 +162,8 @@ CASES: list[tuple[str, Spoil, list[str]]] = [
     ("a page on top of a run's log", trained, ["report", "run", "--out", "run/log.jsonl"]),
     ("an unknown flag", lambda: None, [*TRAIN, "--learning-rate", "1"]),
     ("an unknown command", lambda: None, ["tran"]),
+    ("a store elsewhere that is not there", lambda: None, [*TRAIN, "--labels", "file:///nowhere/labels"]),
+    ("a store to be written elsewhere", lambda: None, [*LABEL[:6], "s3://bucket/labels", *LABEL[7:]]),
 ]
 
 
@@ -187,6 +189,7 @@ def answers() -> list[tuple[str, int, str]]:
         whole = Path(folder) / "whole"
         write_photos(whole / "data")
         write_store(whole / "data", whole / "labels")
+        os.environ["FERKD_CACHE"] = str(Path(folder) / "cache")
         try:
             for number, (kind, spoil, command) in enumerate(CASES):
                 work = Path(folder) / f"case{number}"

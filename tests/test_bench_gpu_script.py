@@ -74,7 +74,13 @@ def test_a_stage_without_time_is_a_failure(tmp_path):
 def test_wrong_use_says_how_it_is_used():
     ended = run(ROOT, "everything")
     assert ended.returncode == 2
-    assert "bench/gpu.sh [--dry] [all|tests|loss|step]" in ended.stderr
+    assert "bench/gpu.sh [--dry] [all|tests|loss|step|convergence]" in ended.stderr
+
+
+def test_the_experiments_need_their_photographs(tmp_path):
+    ended = run(ROOT, "--dry", "convergence", OUT=str(tmp_path), FERKD_TEST_DATA=str(tmp_path))
+    assert ended.returncode == 2
+    assert "imagenette-128.tar.gz" in ended.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -19,7 +19,8 @@ from ferkd import Records, RegionPolicy, ferkd_loss
 from ferkd.errors import InputError, StoreError
 from ferkd.records import label_words
 from ferkd.store import LabelStore
-from ferkd.teacher import load_run, read_weights, save_weights
+from ferkd.teacher import load_run
+from ferkd.weights import read_weights, save_weights
 
 BOUNDED = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -127,7 +128,7 @@ def test_damaged_weights_are_an_input_error_or_load(tmp_path: Path, damage: tupl
     if suffix == ".pth":
         torch.save(model.state_dict(), path)
     else:
-        from ferkd.teacher import Preprocessing
+        from ferkd.preprocessing import Preprocessing
 
         save_weights(path, model, "timm:resnet10t", ["a", "b"], Preprocessing(16))
     path.write_bytes(damaged(path.read_bytes(), damage))

@@ -153,6 +153,8 @@ def test_what_is_no_dataset_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=rf"hf:.*/{name}: cannot be loaded: ") as caught:
             scan_split(f"hf:{tmp_path}/{name}", "train")
         assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"hf://datasets/org/birds: is the place of files; a dataset is named hf:OWNER/NAME"):
+        scan_split("hf://datasets/org/birds", "train")
     with pytest.raises(InputError, match="names no dataset"):
         scan_split("hf:@main", "train")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.convergence import figures
 from bench.convergence.results import Row, curves_file, read_rows, runs_file
-from bench.convergence.studies import STUDIES, NotTuned
+from bench.convergence.studies import ALL_STUDIES, NotTuned
 from bench.convergence.tables import ablation_tables, budget_table, design_tables, grid, tuning_table
 
 THRESHOLDS = ("discard_below", "calibrate_below")
@@ -47,13 +47,15 @@ SECTIONS: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "convergence-wrong": ("Budgets, 40 % wrong ground truth", budget_table),
     "imagenette-tune": ("Tuning: thresholds on Imagenette", lambda rows: tuning_table(rows, THRESHOLDS)),
     "imagenette": ("Imagenette, ten-way accuracy", lambda rows: design_tables(rows, "top1_folders_last")),
+    "gpu-imagenette-resnet18": ("Imagenette at 128 px, ResNet-18, ten-way accuracy", lambda rows: design_tables(rows, "top1_folders_last")),
+    "gpu-imagenette-resnet50": ("Imagenette at 128 px, ResNet-50, ten-way accuracy", lambda rows: design_tables(rows, "top1_folders_last")),
 }
 
 
 def report(results: Path) -> str:
     """All tables, as Markdown."""
     parts = ["# The experiments' tables\n\nMade by `python -m bench.convergence.analyse`; the design is in bench/convergence/README.md."]
-    for name, make in STUDIES.items():
+    for name, make in ALL_STUDIES.items():
         rows = read_rows(runs_file(results, name))
         try:
             known = {(arm.config, str(seed)) for arm, seed in make(results).runs()}
@@ -79,9 +81,9 @@ def main() -> int:
     results: Path = parser.parse_args().results
     (results / "convergence.md").write_text(report(results))
     written = [results / "convergence.md"]
-    for study in ("cifar-main", "cifar-small-crops", "imagenette"):
+    for study in ("cifar-main", "cifar-small-crops", "imagenette", "gpu-imagenette-resnet18", "gpu-imagenette-resnet50"):
         if rows := read_rows(runs_file(results, study)):
-            column = "top1_folders_last" if study == "imagenette" else "top1_last"
+            column = "top1_folders_last" if "imagenette" in study else "top1_last"
             written.append(figures.methods_picture(rows, results / f"convergence-{study}.png", column))
     studies = ("convergence", "convergence-wrong")
     if rows := [row for study in studies for row in read_rows(runs_file(results, study))]:

@@ -35,7 +35,7 @@ from bench.convergence.datasets import Images, prepare
 from bench.convergence.results import CURVE_COLUMNS, RUN_COLUMNS, append_rows, curves_file, read_rows, runs_file
 from bench.convergence.settings import TEACHERS, Arm, Study
 from bench.convergence.stores import Labelling, Labels, derive
-from bench.convergence.studies import STUDIES, NotTuned
+from bench.convergence.studies import ALL_STUDIES, STUDIES, NotTuned
 from ferkd.store import LabelStore
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -61,6 +61,10 @@ class Place(NamedTuple):
     results: Path
     jobs: int = 2
     threads: int = 1
+    workers: int = 0
+    """Loader processes of each run, and of labelling: they change no result."""
+    label_batch: int | None = None
+    """Crops a batch when labelling, instead of the teacher's own."""
 
     def store(self, labels: Labelling | Labels) -> Path:
         return self.work / "labels" / labels.name
@@ -166,9 +170,11 @@ def make(need: Need, place: Place, children: Children) -> None:
             return
         teacher = TEACHERS[need.teacher]
         weights = ["--teacher-weights", str(place.data / teacher.weights)] if teacher.weights else []
+        more = ["--workers", str(place.workers * place.jobs)] if place.workers else []
+        more += ["--batch-size", str(place.label_batch)] if place.label_batch else []
         children.ferkd(
             ["label", "--data", str(data), "--teacher", teacher.spec, *weights, "--out", str(store), "--crops", str(need.crops),
-             "--topk", str(need.topk), "--scale", str(need.min_scale), "1.0", *teacher.flags, *need.flags],
+             "--topk", str(need.topk), "--scale", str(need.min_scale), "1.0", *teacher.flags, *need.flags, *more],
             place.work / "logs" / f"label-{need.name}.txt", [lock],
         )  # fmt: skip
 
@@ -187,8 +193,8 @@ def train_arguments(study: Study, arm: Arm, seed: int, place: Place, usable_imag
         "epochs": recipe.steps * epoch, "warmup-epochs": recipe.warmup_share * recipe.steps * epoch,
         "single-crop-epochs": recipe.single_crop_share * recipe.steps * epoch, "eval-every": every * epoch, "min-lr": 0.0,
         "batch-size": recipe.batch_size, "crops-per-image": recipe.crops_per_image, "image-size": recipe.image_size, "eval-crop-pct": 1.0,
-        "optimizer": "sgd", "momentum": 0.9, "lr": recipe.lr, "weight-decay": recipe.weight_decay, "amp": recipe.amp, "workers": 0,
-        "cache": "decoded", "log-every": 100,
+        "optimizer": "sgd", "momentum": 0.9, "lr": recipe.lr, "weight-decay": recipe.weight_decay, "amp": recipe.amp,
+        "workers": place.workers, "cache": "none" if place.workers else "decoded", "log-every": 100,
     }  # fmt: skip
     if arm.method.online and (weights := TEACHERS[arm.method.online].weights):
         settings["teacher-weights"] = place.data / weights
@@ -412,24 +418,27 @@ def listing(makers: Mapping[str, Made], results: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)}; default: all")
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(ALL_STUDIES)}; default: {', '.join(STUDIES)}")
     parser.add_argument("--work", type=Path, required=True, help="folder for images, labels and runs, outside the repository")
     parser.add_argument("--data", type=Path, default=os.environ.get("FERKD_TEST_DATA"), help="the test data; default: FERKD_TEST_DATA")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "bench" / "results", help="folder of the CSVs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes of each run")
+    parser.add_argument("--label-batch", type=int, help="crops a batch when labelling, instead of the teacher's own")
+    parser.add_argument("--seconds", type=float, help="stop, as when asked to, after this long")
     parser.add_argument(
         "--nice", type=int, default=19, help="these take hours: whatever else the machine is used for goes first (0: nothing does)"
     )
     parser.add_argument("--list", action="store_true", help="say what is done and what is left")
     options = parser.parse_args()
-    if unknown := [name for name in options.studies if name not in STUDIES]:
-        parser.error(f"{', '.join(unknown)}: no such study; choose from {', '.join(STUDIES)}")
+    if unknown := [name for name in options.studies if name not in ALL_STUDIES]:
+        parser.error(f"{', '.join(unknown)}: no such study; choose from {', '.join(ALL_STUDIES)}")
     if options.data is None or not options.data.is_dir():
         parser.error(f"--data: {options.data} is no folder; give the test data's")
     if min(options.jobs, options.threads) < 1:
         parser.error("--jobs and --threads: give at least 1")
-    makers = {name: STUDIES[name] for name in options.studies or STUDIES}
+    makers = {name: ALL_STUDIES[name] for name in options.studies or STUDIES}
     if options.list:
         print(listing(makers, options.results))
         return 0
@@ -438,8 +447,15 @@ def main() -> int:
     def install(stop: Callable[[], None]) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop())
+        if options.seconds is not None:
+            timer = threading.Timer(options.seconds, stop)
+            timer.daemon = True
+            timer.start()
 
-    place = Place(options.work.resolve(), options.data.resolve(), options.results.resolve(), options.jobs, options.threads)
+    place = Place(
+        options.work.resolve(), options.data.resolve(), options.results.resolve(), options.jobs, options.threads, options.workers,
+        options.label_batch,
+    )  # fmt: skip
     return run_studies(list(makers.values()), place, install)
 
 

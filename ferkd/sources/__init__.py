@@ -149,7 +149,7 @@ def check_same_kind(photos: Photos, store: LabelStore) -> None:
     kind = kind_of(store)
     if kind != photos.kind:
         raise StoreError(
-            f"{store.path}: was labelled from {_PLACES.get(kind, kind)}, and {photos} is {_PLACES[photos.kind]}: images have "
+            f"{store.source}: was labelled from {_PLACES.get(kind, kind)}, and {photos} is {_PLACES[photos.kind]}: images have "
             "other names there, so labels would not find theirs; give the --data that was labelled, or label this one"
         )
 

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ferkd.classes import ClassNumbers, some
-from ferkd.errors import InputError, SourceLost
+from ferkd.errors import InputError, SourceLost, one_line
 from ferkd.sources import Kind, Split, SplitName
 from ferkd.sources.classes import classes_of
 from ferkd.store import PathTable
@@ -62,6 +62,8 @@ class HubDataset:
                 f"hf:{text}: says {unknown[0] if unknown else query!r} after its question mark; it may say "
                 f"{', '.join(f'{option}=' for option in OPTIONS[:-1])} and classes=numbers, joined by &"
             )
+        if name.startswith("//"):
+            raise InputError(f"hf:{text}: is the place of files; a dataset is named hf:OWNER/NAME, or hf:DIR on this machine")
         revision = None
         if not _is_local(name):
             name, _, revision = name.partition("@")
@@ -93,7 +95,7 @@ class HubDataset:
         except MemoryError:
             raise
         except Exception as error:  # the library and those below it raise what they like
-            raise InputError(f"{self}: cannot be loaded: {_one_line(error)}") from error
+            raise InputError(f"{self}: cannot be loaded: {one_line(error)}") from error
 
     def has(self, split: SplitName) -> bool:
         return self._split_name(split) is not None
@@ -140,7 +142,7 @@ class HubDataset:
             images = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         except Exception as error:  # whatever Arrow makes of a column that is none of images
             raise InputError(
-                f"{self} ({split}): its column {column!r} holds no images ({_one_line(error)}); say which with ?image=COLUMN"
+                f"{self} ({split}): its column {column!r} holds no images ({one_line(error)}); say which with ?image=COLUMN"
             ) from error
         commit = next((found[1] for url in rows.info.download_checksums or {} if (found := _COMMIT.search(url))), self.revision)
         described = {
@@ -227,7 +229,7 @@ class HubPhotos:
                 with open(found["path"], "rb") as file:
                     return file.read()
         except OSError as error:
-            text = f"{self.name(path)}: cannot be read: {error.strerror or _one_line(error)}"
+            text = f"{self.name(path)}: cannot be read: {error.strerror or one_line(error)}"
             folder = os.path.dirname(error.filename or "")
             if folder and not os.path.isdir(folder):
                 raise SourceLost(text, folder) from error
@@ -282,10 +284,6 @@ def _library() -> Any:
             "hf: datasets of Hugging Face need their library, which is not installed; pip install 'ferkd[datasets]'"
         ) from error
     return datasets
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _image_column(rows: Any, title: str) -> str:
