@@ -88,7 +88,7 @@ class Task:
             "images": len(self.usable),
             "store": self.store.manifest_sha256 if self.store else None,
             "teacher": self.teacher.loaded.weights_sha256 if self.teacher else None,
-            "photos": self.train.paths.sha256() if self.train else None,
+            "photos": _identity(self.train) if self.train else None,
         }
 
     def crops(self, job: Job, view: CropView, threads: int) -> Dataset[ImageCrops]:
@@ -155,7 +155,8 @@ def plan_task(job: Job, ranks: Ranks) -> Task:
     check_same_classes(train, val)
     if len(train.folders) < 2:
         raise InputError(f"{train}: has only the class {train.folders[0]!r}; a classifier needs at least 2")
-    classes, class_of_folder, teacher = train.folders, np.arange(len(train.folders)), None
+    classes, class_of_folder = _in_order(train)
+    teacher = None
     if job.teacher:
         amp = AMP_DTYPE[config.amp]
         teacher = load_online_teacher(job.teacher, job.teacher_weights, job.teacher_input_size, config, train, ranks.device, amp)
@@ -174,6 +175,19 @@ def plan_task(job: Job, ranks: Ranks) -> Task:
         teacher=teacher,
         targets=class_of_folder[train.folder_of],
     )
+
+
+def _identity(train: Split) -> str:
+    """Names what a split's images are. A folder's paths do; a dataset's rows are only numbered, and are told apart by their sizes."""
+    return train.paths.sha256() if train.photos.kind == "folder" else train.fingerprint()
+
+
+def _in_order(train: Split) -> tuple[tuple[str, ...], np.ndarray]:
+    """The student's classes, and the place of each of the split's among them, int64: in the dataset's own order where it numbers them."""
+    order, numbers = np.arange(len(train.folders)), train.numbers
+    if numbers is not None:
+        order = np.argsort([numbers.of[folder] for folder in train.folders], kind="stable")
+    return tuple(train.folders[i] for i in order), np.argsort(order)
 
 
 def _from_store(job: Job, store: LabelStore, val: Split) -> Task:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from bad_inputs import quiet
 from photos import write_photos
-from sources import images_of, write_hub, write_shards
+from sources import images_of, sample_files, write_hub, write_shards, write_tar
 
 from ferkd import CropLoader
 from ferkd.labeling import LabelSettings, label
@@ -213,3 +213,19 @@ def test_a_plain_path_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert source_of(Path("hub")).has("train")
     assert not source_of("hub").has("test")  # type: ignore[arg-type]
     assert os.fspath(scan_split("hub", "train").photos.root) == "hub/train"  # type: ignore[attr-defined]
+
+
+def test_hard_labels_keep_the_datasets_own_order_and_are_told_from_other_rows(place: Path, tmp_path: Path) -> None:
+    from ferkd.task import _identity, _in_order
+
+    images = [(path, ("9", "10", "1")[i % 3], data) for i, (path, _, data) in enumerate(images_of(place / "photos", "train"))]
+    write_tar(tmp_path / "train/0.tar", sample_files([image for image in images if image[0] != "green/5.png"]))
+    train = scan_split(f"wds:{tmp_path}", "train")
+    classes, place_of = _in_order(train)
+    assert classes == ("1", "9", "10"), "not by their names, in which 10 comes before 9"
+    assert [classes[place_of[i]] for i in range(3)] == list(train.folders)
+    one = scan_split(data_of(place, "hf"), "train")
+    assert _in_order(one)[0] == ("red", "green", "blue"), "a ClassLabel's"
+    other = scan_split(f"hf:{write_hub(write_photos(tmp_path / 'others', seed=1), tmp_path / 'hub')}", "train")
+    assert one.paths.sha256() == other.paths.sha256()
+    assert _identity(one) != _identity(other)
