@@ -26,6 +26,7 @@ from ferkd.distributed import first_to_say
 from ferkd.errors import CheckFailed, InputError, Stopped
 from ferkd.recipes import TrainConfig, recipe
 from ferkd.regions import RegionPolicy
+from ferkd.sources import DataFlag
 
 if TYPE_CHECKING:
     from ferkd.store import LabelStore
@@ -79,8 +80,8 @@ class InspectSettings:
     thresholds: Literal["probability", "quantile"] = "probability"
     """Whether thresholds are probabilities or shares of the store's crops: --discard-below 0.1 then means the lowest tenth. Reads the
     store twice."""
-    data: Path | None = None
-    """The dataset's folder, to draw crops on its photographs."""
+    data: DataFlag | None = None
+    """The dataset that was labelled, to draw crops on its photographs."""
     pictures: Path | None = None
     """Folder for pictures: the confidence histogram, and with --data the crops."""
     page: Path | None = None
@@ -97,6 +98,7 @@ def inspect(arguments: Sequence[str]) -> None:
     from ferkd.pages.store_page import store_page
     from ferkd.quantiles import quantile_line, quantile_policy
     from ferkd.report import confidence_picture, crops_picture, inspection_table
+    from ferkd.sources import labelled_photos
     from ferkd.store import LabelStore
 
     settings, output = _parse(inspect, InspectSettings, arguments)
@@ -108,8 +110,8 @@ def inspect(arguments: Sequence[str]) -> None:
     if settings.thresholds == "quantile":
         policy = quantile_policy(store, policy)
         quantiles = quantile_line(policy, store)
+    photos = labelled_photos(settings.data, store) if settings.data else None
     inspection = inspect_store(store, policy, say_progress(len(store)))
-    photos = settings.data / "train" if settings.data else None
     written = []
     if settings.pictures:
         written.append(settings.pictures / "confidence.png")
@@ -134,8 +136,8 @@ def inspect(arguments: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    data: Path
-    """Folder with train/CLASS/* and val/CLASS/*."""
+    data: DataFlag
+    """Folder with train/CLASS/* and val/CLASS/*; or wds:DIR, tar shards; or hf:NAME, a Hugging Face dataset (see ferkd label --help)."""
     student: str
     """timm:NAME (or just NAME), torchvision:NAME or python:MODULE:CALLABLE."""
     out: Path
@@ -192,8 +194,8 @@ def train(arguments: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class EvalSettings:
-    data: Path
-    """Folder with val/CLASS/*."""
+    data: DataFlag
+    """Folder with val/CLASS/*; or wds:DIR, tar shards; or hf:NAME, a Hugging Face dataset (see ferkd label --help)."""
     weights: Path | None = None
     """Weights of a ferkd run (.safetensors), or the run's folder."""
     teacher: str | None = None
@@ -362,8 +364,8 @@ class ReportSettings:
     """Folders of runs (the --out of ferkd train), finished or not."""
     out: Path = Path("report.html")
     """The page. One that is there is replaced."""
-    data: Path | None = None
-    """The dataset's folder, to show photographs with their crops; goes with --labels."""
+    data: DataFlag | None = None
+    """The dataset that was labelled, to show photographs with their crops; goes with --labels."""
     labels: Path | None = None
     """The store that runs learnt from."""
 
@@ -379,6 +381,7 @@ def report(arguments: Sequence[str]) -> None:
     """
     from ferkd.pages.page import check_page_path, write_page
     from ferkd.pages.runs_page import runs_page
+    from ferkd.sources import labelled_photos
     from ferkd.store import LabelStore
 
     settings, output = _parse(report, ReportSettings, arguments)
@@ -386,7 +389,7 @@ def report(arguments: Sequence[str]) -> None:
         raise InputError("give at least one folder of a run")
     check_page_path(settings.out)
     store = LabelStore(settings.labels) if settings.labels else None
-    write_page(settings.out, runs_page(settings.runs, store, settings.data / "train" if settings.data else None))
+    write_page(settings.out, runs_page(settings.runs, store, labelled_photos(settings.data, store) if settings.data and store else None))
     print(json.dumps({"page": str(settings.out)}) if output.json else f"wrote {settings.out}")
 
 
