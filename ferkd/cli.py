@@ -6,6 +6,7 @@ command again.
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import sys
@@ -50,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(__version__)
         return
     if arguments[0] not in COMMANDS:
-        print(f"ferkd: {arguments[0]!r} is no command; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        choose = f"did you mean {near[0]}? If not," if near else "choose"
+        print(f"ferkd: {arguments[0]!r} is no command; {choose} one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     command = COMMANDS[arguments[0]]
     try:

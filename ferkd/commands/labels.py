@@ -34,7 +34,7 @@ def label(arguments: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class InspectSettings:
-    store: Annotated[Path, tyro.conf.Positional]
+    store: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
     """The label store."""
     policy: RegionPolicy = RegionPolicy()
     thresholds: Literal["probability", "quantile"] = "probability"

@@ -76,9 +76,15 @@ def _unboxed(text: str) -> str:
     """The words of an error that tyro framed for the terminal."""
     lines = [line.strip("╭╮╰╯│┌┐└┘─ ") for line in text.splitlines()]
     words = " ".join(line for line in lines if line.strip("-"))
-    words = re.sub(r"^Value error Error parsing settings[.\w]*: ", "", words)
+    words = re.sub(r"^Value error Error parsing (settings[.\w]*: )?", "", words)
     words = re.sub(r"^(Unrecognized options|Missing argument|Invalid choice|Required options) (?=\w)", "", words)
-    return re.sub(r"\.?\s*For full helptext, (?:see|run) (.*--help)$", r"; \1 explains", words)
+    words, explains = re.sub(r"\.?\s*For full helptext, (?:see|run):? (.*--help)$", r"; \1 explains", words).rpartition("; ")[::2]
+    if missing := re.match(r"Missing from [\w -]*: (.*)", words):
+        words = ", ".join(re.findall(r"(?:^|\(required\) )(\S+)", missing[1])) + ": missing"
+    words, _, near = words.removesuffix(".").partition(" Perhaps you meant: ")
+    words = words.partition(" Argument helptext: ")[0]
+    flags = re.findall(r"(--[a-z][\w-]*) (?:\{|[A-Z])", near)[:3]
+    return f"{words}; {'did you mean ' + ' or '.join(flags) + '? ' if flags else ''}{explains}"
 
 
 def flag_value(arguments: Sequence[str], flag: str) -> str | None:
