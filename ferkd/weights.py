@@ -10,6 +10,7 @@ import os
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -62,6 +63,8 @@ def save_weights(
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, aside, metadata)
         with open(aside, "rb+") as file:
+            _order_metadata(file)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
         folder = os.open(path.parent, os.O_RDONLY)
@@ -73,6 +76,18 @@ def save_weights(
         with contextlib.suppress(OSError):
             aside.unlink()
         raise InputError(f"{path}: cannot be written ({error}); free some space or choose another folder") from error
+
+
+def _order_metadata(file: BinaryIO) -> None:
+    """Sorts a safetensors file's metadata in place. The library writes them in another order every time, and equal weights should be equal files."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    if len(ordered) > length:
+        raise OSError(f"its header of {length} bytes cannot be ordered in place")
+    file.seek(8)
+    file.write(ordered.ljust(length))  # spaces at the end are part of the format
 
 
 def weights_sha256(model: nn.Module) -> str:
