@@ -79,7 +79,8 @@ def save_weights(
 
 
 def _order_metadata(file: BinaryIO) -> None:
-    """Sorts a safetensors file's metadata in place. The library writes them in another order every time, and equal weights should be equal files."""
+    """Sorts a safetensors file's metadata in place: the library writes them in another order every time, and equal weights should be equal
+    files."""
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(length))
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

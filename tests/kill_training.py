@@ -177,14 +177,21 @@ def main(arguments: list[str] | None = None) -> int:
                     wrong = damages(out) if out.exists() else []
                     faults += len(wrong)
                     step = max((line["step"] for line in read_log(out)), default=0)
-                    print(f"kill {killed:2}: {victim} after {moment:5.2f} s {when}, at step {step:2} or later; {'; '.join(wrong) or 'nothing damaged'}")
+                    print(
+                        f"kill {killed:2}: {victim} after {moment:5.2f} s {when}, at step {step:2} or later; {'; '.join(wrong) or 'nothing damaged'}"
+                    )
                     continue
             if process.wait(300) != 0:
-                raise SystemExit(f"{out.with_suffix('.log').read_text()[-3000:]}\na run failed with {process.returncode} without being killed")
+                raise SystemExit(
+                    f"{out.with_suffix('.log').read_text()[-3000:]}\na run failed with {process.returncode} without being killed"
+                )
             wrong = differences(out, folder / "whole")
             faults += len(wrong)
             finished += 1
-            print(f"run {finished} finished after {killed} kills in all: {'DIFFERENT: ' + '; '.join(wrong) if wrong else 'the same to the bit'}", flush=True)
+            print(
+                f"run {finished} finished after {killed} kills in all: {'DIFFERENT: ' + '; '.join(wrong) if wrong else 'the same to the bit'}",
+                flush=True,
+            )
     print(f"{killed} kills, {finished} runs finished, {faults} faults")
     return 1 if faults else 0
 

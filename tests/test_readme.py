@@ -23,7 +23,7 @@ NOT_RUN = {
     "make demo": "sets up an environment of its own; tests/test_demo.py runs what it runs",
     "make test": "is what runs this test",
     "make lint type bench sanitize": "developers' own, and long",
-    "pip install --no-build-isolation -e \".[timm,plots]\"": "changes the environment that runs this test",
+    'pip install --no-build-isolation -e ".[timm,plots]"': "changes the environment that runs this test",
     "python setup.py build_ext --inplace": "replaces the extension that is being tested",
     "torchrun --nproc-per-node 8 -m ferkd label ...": "abridged; tests/test_label_crew.py runs torchrun",
     "torchrun --nproc-per-node 8 -m ferkd train ...": "abridged; tests/test_train_distributed.py runs torchrun",

@@ -14,6 +14,7 @@ import torch
 from photos import COLOURS, write_photos, write_store
 from safetensors import safe_open
 
+from ferkd.cli import main
 from ferkd.data import CenterViews
 from ferkd.evaluation import evaluate_model
 from ferkd.folders import scan_split
@@ -36,26 +37,32 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(work: Path, out: str, *flags: str, processes: int = 1) -> Path:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *launcher, "-m", "ferkd", "train", "--data", "photos", "--labels", "labels", "--out", out, *TRAIN.split()]
-    environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, *flags], cwd=work, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = [
+        "train",
+        "--data",
+        str(work / "photos"),
+        "--labels",
+        str(work / "labels"),
+        "--out",
+        str(work / out),
+        *TRAIN.split(),
+        *flags,
+    ]
+    if processes == 1:
+        main(arguments)
+    else:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "ferkd"]
+        environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
     return work / out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "processes"),
-    [
-        ((), 1),
-        (("--ema-decay", "0.9"), 1),
-        (("--compile",), 1),
-        (("--compile", "--ema-decay", "0.9"), 1),
-        ((), 2),
-        (("--ema-decay", "0.9"), 2),
-    ],
-    ids=["plain", "average", "compiled", "compiled average", "two processes", "two processes, average"],
+    [((), 1), (("--ema-decay", "0.9"), 1), (("--compile",), 1), ((), 2)],
+    ids=["plain", "average", "compiled", "two processes"],
 )
 def test_timm_loads_what_was_trained_and_answers_the_same(work: Path, flags: tuple[str, ...], processes: int) -> None:
     run = train(work, f"run-{processes}{'-'.join(flags)}", *flags, processes=processes)
@@ -82,9 +89,8 @@ def test_timm_loads_what_was_trained_and_answers_the_same(work: Path, flags: tup
         assert evaluated.top1 == summary["top1" if which == "last" else "best_top1"]
 
 
-@pytest.mark.slow
 def test_the_average_is_what_is_saved(work: Path) -> None:
-    """The weights of a run with --ema-decay are the moving average's, not the last step's."""
+    """Not the last step's weights."""
     run = train(work, "averaged", "--ema-decay", "0.9")
     state = torch.load(run / "checkpoint.pt", weights_only=True)["state"]
     saved = load_run(run / "last.safetensors").model.state_dict()
