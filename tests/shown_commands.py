@@ -1,4 +1,4 @@
-"""Commands that the documents show, run as they stand. What cannot be had or waited for in a test is replaced, and stands in SUBSTITUTES."""
+"""Commands that the documents show, run as they stand but for SUBSTITUTES: what cannot be had, or waited for, in a test."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def run(line: str) -> None:
         line = " ".join(f" {line} ".replace(f" {shown} ", f" {instead} ").split())
     program, *arguments = shlex.split(line, comments=True)
     assert program == "ferkd", line
+    status: object = 0
     try:
         main(arguments)
     except SystemExit as end:
-        assert not end.code, f"{line}: exit status {end.code}"
+        status = end.code
+    assert not status, f"{line}: exit status {status}"

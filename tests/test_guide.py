@@ -45,10 +45,12 @@ def run_shell(content: str) -> str:
             continue
         program, *arguments = shlex.split(line, comments=True)
         if program == "ferkd":
+            status: object = 0
             try:
                 said += said_by(lambda arguments=arguments: main(arguments))  # type: ignore[misc]
             except SystemExit as end:
-                assert not end.code, f"{line}: exit status {end.code}"
+                status = end.code
+            assert not status, f"{line}: exit status {status}"
         else:
             assert program == "python", line
             subprocess.run([sys.executable, *arguments], check=True)

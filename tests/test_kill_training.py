@@ -10,11 +10,10 @@ from pathlib import Path
 import kill_training
 import pytest
 from photos import write_photos, write_store
-from safetensors.torch import load_file, save_file
 
 from ferkd.cli import main
 
-FLAGS = "--student python:photos:dropping_net --epochs 8 --batch-size 12 --eval-every 2 --log-every 2 --workers 0".split()
+FLAGS = ["--student", "python:photos:dropping_net", "--epochs", "8", "--batch-size", "12", "--eval-every", "2", "--log-every", "2"]
 
 
 @pytest.mark.slow
@@ -28,7 +27,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
     write_photos(folder / "data")
     write_store(folder / "data", folder / "labels")
-    main(["train", "--data", str(folder / "data"), "--labels", str(folder / "labels"), "--out", str(folder / "run"), *FLAGS])
+    main(
+        [
+            "train",
+            "--data",
+            str(folder / "data"),
+            "--labels",
+            str(folder / "labels"),
+            "--out",
+            str(folder / "run"),
+            *FLAGS,
+            "--workers",
+            "0",
+        ]
+    )
     return folder / "run"
 
 
@@ -36,12 +48,6 @@ def flip(file: Path, at: int) -> None:
     data = bytearray(file.read_bytes())
     data[at] ^= 1
     file.write_bytes(bytes(data))
-
-
-def one_weight(run: Path) -> None:
-    tensors = load_file(run / "last.safetensors")
-    next(iter(tensors.values())).view(-1)[0] += 1e-6
-    save_file(tensors, run / "last.safetensors")
 
 
 def lines(change: Callable[[list[str]], list[str]]) -> Callable[[Path], None]:
@@ -60,7 +66,7 @@ def other_accuracy(found: list[str]) -> list[str]:
     ("spoil", "says"),
     [
         (lambda run: None, None),
-        (one_weight, "last.safetensors"),
+        (lambda run: flip(run / "last.safetensors", -5), "last.safetensors"),
         (lambda run: (run / "left.tmp").touch(), "files"),
         (lines(lambda found: [*found, found[-1]]), "log.jsonl"),
         (lines(lambda found: found[:3] + found[4:]), "log.jsonl"),
