@@ -275,7 +275,7 @@ def surviving_crops(store: LabelStore, labels: ImageLabels, policy: RegionPolicy
     survivors = np.flatnonzero(region_of(confidence, policy).numpy() != Region.DISCARDED)
     if len(survivors) == 0:
         raise StoreError(
-            f"{store.path}: {labels.path} has no crop left under {policy}, though the policy's list of usable images names it; "
+            f"{store.source}: {labels.path} has no crop left under {policy}, though the policy's list of usable images names it; "
             f"delete {store.path}/policies"
         )
     return survivors
@@ -490,7 +490,7 @@ def check_same_photos(root: Path, store: LabelStore, samples: int = 16) -> None:
             continue  # could not be read when it was labelled
         if not (root / entry.path).is_file():
             raise StoreError(
-                f"{store.path}: labelled {entry.path}, which is not in {root}: deleted since, or is this the store of another dataset? "
+                f"{store.source}: labelled {entry.path}, which is not in {root}: deleted since, or is this the store of another dataset? "
                 "Restore the photograph, or give the --data folder that was labelled"
             )
         photos(image)

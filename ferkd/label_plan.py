@@ -19,6 +19,7 @@ from ferkd.folders import Split, check_same_classes, scan_split
 from ferkd.like import images_of, same_classes
 from ferkd.process import keep_freed_memory
 from ferkd.records import BoxCodec, LabelCodec
+from ferkd.remote import refuse_url
 from ferkd.store import LabelStore, PathTable, StorePlan
 from ferkd.teacher import LoadedModel, TeacherClasses, choose_classes, load_teacher
 
@@ -82,6 +83,7 @@ class LabelSettings:
     """Label the very crops of this store, so that ferkd merge can average the two; it decides images, crops and boxes."""
 
     def __post_init__(self) -> None:
+        refuse_url(self.out, "out")
         for name in ("crops", "topk", "limit", "batch_size", "input_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

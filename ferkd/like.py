@@ -24,7 +24,7 @@ def images_of(store: LabelStore, train: Split) -> NDArray[np.int64]:
             place += 1
         if place == there or train.paths.raw(place) != wanted:
             raise InputError(
-                f"{train.root}: lacks {store.paths[image]}, which {store.path} has labels of; give the dataset that was labelled"
+                f"{train.root}: lacks {store.paths[image]}, which {store.source} has labels of; give the dataset that was labelled"
             )
         places[image] = place
     return places
@@ -34,17 +34,17 @@ def same_classes(store: LabelStore, classes: TeacherClasses, folders: tuple[str,
     """The teacher's classes under the store's names. Raises InputError when they are others, or in another order."""
     if len(classes.names) != store.classes:
         raise InputError(
-            f"{store.path}: has {store.classes:,} classes and the teacher {len(classes.names):,}; "
+            f"{store.source}: has {store.classes:,} classes and the teacher {len(classes.names):,}; "
             "labels of different classes cannot be merged (--classes folder keeps the folders' classes alone)"
         )
     mapping = dict(zip(folders, classes.class_of_folder.tolist(), strict=True))
     odd = next((folder for folder, number in mapping.items() if store.folders.get(folder) != number), None)
     if odd is not None:
-        raise InputError(f"{store.path}: folder {odd!r} is class {store.folders.get(odd)} in it and {mapping[odd]} to this teacher")
+        raise InputError(f"{store.source}: folder {odd!r} is class {store.folders.get(odd)} in it and {mapping[odd]} to this teacher")
     named = set(mapping.values())
     for number, (mine, theirs) in enumerate(zip(classes.names, store.class_names, strict=True)):
         if mine != theirs and number not in named:
-            raise InputError(f"{store.path}: class {number} is {theirs!r} in it and {mine!r} to this teacher")
+            raise InputError(f"{store.source}: class {number} is {theirs!r} in it and {mine!r} to this teacher")
     return dataclasses.replace(classes, names=store.class_names)
 
 
@@ -52,4 +52,4 @@ def check_photo(store: LabelStore, image: int, crc: int, path: Path) -> None:
     """Raises InputError when a photo that the store has labels of is another file now."""
     entry = store.entry(image)
     if entry.width and entry.photo_crc != crc:
-        raise InputError(f"{path}: is not the photo that {store.path} was made of (its bytes changed); restore it")
+        raise InputError(f"{path}: is not the photo that {store.source} was made of (its bytes changed); restore it")

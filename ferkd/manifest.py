@@ -31,8 +31,8 @@ INDEX_MAGIC = b"ferkdidx"
 class PathTable:
     """N relative paths, sorted by their bytes and distinct, as one blob and its N + 1 offsets: no Python object per path."""
 
-    def __init__(self, blob: bytes | mmap.mmap, offsets: npt.NDArray[np.uint64], start: int = 0) -> None:
-        self._blob, self._offsets, self._start = blob, offsets, start
+    def __init__(self, blob: bytes | mmap.mmap, offsets: npt.NDArray[np.uint64], start: int = 0, file: str = "index.bin") -> None:
+        self._blob, self._offsets, self._start, self._file = blob, offsets, start, file
         self._at, self._len = offsets.data, len(offsets) - 1  # its elements are plain integers, and quicker than NumPy's
 
     @classmethod
@@ -63,7 +63,7 @@ class PathTable:
         begin, end = self._at[i], self._at[i + 1]
         path = bytes(self._blob[self._start + begin : self._start + end])
         if len(path) != end - begin:  # slices stop at the end in silence
-            raise StoreError(f"the index's offsets of image {i} are {begin} and {end}: index.bin is damaged; fetch it again")
+            raise StoreError(f"{self._file}: the offsets of image {i} are {begin} and {end}: it is damaged; fetch it again")
         return path
 
     def __getitem__(self, i: int) -> str:

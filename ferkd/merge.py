@@ -136,7 +136,7 @@ def check_same_crops(stores: Sequence[LabelStore], say: Callable[[str], None]) -
     for other in stores[1:]:
         for what in _differences(first, other):
             raise InputError(
-                f"{other.path}: cannot be averaged with {first.path}: {what}; label the same crops with ferkd label --like {first.path}"
+                f"{other.path}: cannot be averaged with {first.source}: {what}; label the same crops with ferkd label --like {first.source}"
             )
     if any(store.box_codec == "stored" for store in stores):  # otherwise they are drawn alike
         say(f"comparing the boxes of {len(first):,} images")
@@ -185,7 +185,7 @@ def _check_boxes(read: Sequence[tuple[LabelStore, ImageLabels]]) -> None:
         if len(odd):
             crop = int(odd[0])
             raise InputError(
-                f"{store.path}: cannot be averaged with {first.path}: crop {crop} of {labels.path} is {their_boxes[crop].tolist()}"
+                f"{store.source}: cannot be averaged with {first.source}: crop {crop} of {labels.path} is {their_boxes[crop].tolist()}"
                 f"{' flipped' * bool(their_flips[crop])} there and {boxes[crop].tolist()}{' flipped' * bool(flips[crop])} here "
-                f"(left, top, width, height); label the same crops with ferkd label --like {first.path}"
+                f"(left, top, width, height); label the same crops with ferkd label --like {first.source}"
             )

@@ -33,7 +33,7 @@ def quantile_line(policy: RegionPolicy, store: LabelStore) -> str:
     """For people: the probabilities that the quantiles meant."""
     return (
         f"thresholds: discard_below {policy.discard_below:.6g}, calibrate_below {policy.calibrate_below:.6g}, "
-        f"discard_above {policy.discard_above:.6g} are these quantiles of {store.path}"
+        f"discard_above {policy.discard_above:.6g} are these quantiles of {store.source}"
     )
 
 

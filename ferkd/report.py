@@ -121,7 +121,7 @@ def crops_picture(store: LabelStore, photos: Path, policy: RegionPolicy, path: P
     """
     known = sample_images(store, images)
     if not known:
-        raise InputError(f"{store.path}: none of its images could be read when it was labelled, so there is nothing to draw")
+        raise InputError(f"{store.source}: none of its images could be read when it was labelled, so there is nothing to draw")
     from matplotlib.patches import Patch, Rectangle
 
     source = PhotoFiles(photos, store)

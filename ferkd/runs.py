@@ -26,6 +26,7 @@ from ferkd.durable import JobLock, sync_folder
 from ferkd.errors import InputError
 from ferkd.preprocessing import Preprocessing
 from ferkd.recipes import TrainConfig
+from ferkd.remote import refuse_url
 from ferkd.weights import RUN_WEIGHTS, save_weights
 
 Resume = Literal["never", "auto", "must"]
@@ -77,6 +78,7 @@ class RunFolder:
 
         Raises InputError for what `resume` refuses, and when the folder cannot be made.
         """
+        refuse_url(path, "out")
         self.path, self.writer = path, writer
         self.resume = _resume_mode(resume)
         self.say: Callable[[str], None] = say if writer else lambda line: None

@@ -23,6 +23,7 @@ from ferkd.errors import StoreError
 from ferkd.manifest import INDEX_HEADER, INDEX_MAGIC, VERSION, file_sha256, is_inside, read_manifest
 from ferkd.manifest import PathTable as PathTable
 from ferkd.records import Records, label_words, top_probabilities, unpack_labels
+from ferkd.remote import fetched, plainly, url_of
 from ferkd.shards import ROW, shard_file
 from ferkd.shards import LabelledImage as LabelledImage
 from ferkd.store_writing import StorePlan as StorePlan
@@ -122,10 +123,15 @@ class LabelStore:
 
     Opening reads the manifest and maps the index, whatever the store's size. Raises StoreError, which names the file, for a store
     that is missing, unfinished, edited, of another format version, or that lacks a shard or part of one.
+
+    `path` may be an address (https://..., s3://..., hf://datasets/OWNER/NAME): see remote.py. `path` is then the local copy's; `source` is
+    what was given, without credentials.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        url = url_of(path)
+        self.path = Path(path) if url is None else fetched(url)
+        self.source = plainly(path)
         if not (self.path / "manifest.json").is_file():
             if not self.path.is_dir():
                 raise StoreError(f"{self.path}: no such folder; give the folder that ferkd label wrote")
@@ -153,14 +159,14 @@ class LabelStore:
         # A plain dict, whose single operations no other thread comes between; an OrderedDict's, of which a shard's closing is part, break.
         self._open: dict[int, _OpenShard] = {}
 
-    def __reduce__(self) -> tuple[type[LabelStore], tuple[Path]]:
-        return LabelStore, (self.path,)
+    def __reduce__(self) -> tuple[Callable[[Path, str], LabelStore], tuple[Path, str]]:
+        return _opened, (self.path, self.source)
 
     def __len__(self) -> int:
         return self.manifest.images
 
     def __repr__(self) -> str:
-        return f"LabelStore({str(self.path)!r}: {len(self):,} images x {self.crops} crops, k={self.k} of {self.classes} classes)"
+        return f"LabelStore({self.source!r}: {len(self):,} images x {self.crops} crops, k={self.k} of {self.classes} classes)"
 
     @property
     def exif_applied(self) -> bool:
@@ -186,7 +192,7 @@ class LabelStore:
         if found != (INDEX_MAGIC, VERSION, ROW.size, m.images, m.index.bytes - self._paths_at):
             raise StoreError(f"{path}: its header says {found}, which does not fit the manifest's {m.images:,} images; {again}")
         offsets: npt.NDArray[np.uint64] = np.frombuffer(self._index, "<u8", m.images + 1, INDEX_HEADER.size)
-        self.paths = PathTable(self._index, offsets, self._paths_at)
+        self.paths = PathTable(self._index, offsets, self._paths_at, str(path))
         self._rows = np.frombuffer(self._index, _ROW_DTYPE, m.images, self._rows_at)
 
     @property
@@ -339,6 +345,12 @@ class LabelStore:
             except StoreError:
                 damaged.append(self.paths[image])
         return damaged
+
+
+def _opened(path: Path, source: str) -> LabelStore:
+    store = LabelStore(path)
+    store.source = source
+    return store
 
 
 def _read_scan(cache: Path, key: bytes, images: int) -> PolicyScan | None:

@@ -33,6 +33,7 @@ from ferkd.manifest import (
     sealed_json,
 )
 from ferkd.records import BoxCodec, LabelCodec, crop_bytes
+from ferkd.remote import refuse_url
 from ferkd.shards import ROW, UNIT_IMAGES, LabelledImage, ShardRows, ShardWriter, shard_file
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ class StoreWriter:
     """
 
     def __init__(self, out: str | os.PathLike[str], plan: StorePlan) -> None:
+        refuse_url(out, "out")
         self.path, self.plan = Path(out), plan
         self._job = plan.job()
         self._resumed_with: list[str] = []

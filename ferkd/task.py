@@ -182,13 +182,13 @@ def _from_store(job: Job, store: LabelStore, val: Split) -> Task:
     unknown = [folder for folder in val.folders if folder not in store.folders]
     if unknown:
         raise InputError(
-            f"{val.root}: class folders {', '.join(unknown[:5])} are not in the store {store.path}, which was labelled with "
+            f"{val.root}: class folders {', '.join(unknown[:5])} are not in the store {store.source}, which was labelled with "
             f"{', '.join(list(store.folders)[:5])}...; give the --data folder that was labelled"
         )
     missing = [folder for folder in store.folders if folder not in val.folders]
     if missing:
         raise InputError(
-            f"{val.root}: lacks the class folders {', '.join(missing[:5])} of the store {store.path}; "
+            f"{val.root}: lacks the class folders {', '.join(missing[:5])} of the store {store.source}; "
             "give val the class folders that were labelled, with the same names"
         )
     policy = job.config.policy

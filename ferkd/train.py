@@ -31,6 +31,7 @@ from ferkd.preprocessing import Preprocessing
 from ferkd.process import keep_freed_memory, stop_when_asked
 from ferkd.progress import Progress, check_loggers
 from ferkd.recipes import TrainConfig
+from ferkd.remote import plainly
 from ferkd.runs import RunFolder, held
 from ferkd.specs import count_outputs
 from ferkd.step import TrainStep, images_a_part
@@ -226,7 +227,7 @@ def _run_folder(job: Job, task: Task, stream: CropStream, ranks: Ranks) -> RunFo
     identity = {"student": job.student, "steps": stream.total_steps, **task.identity()}
     paths = {"data": job.data, "labels": job.labels, "init": job.init, "teacher_weights": job.teacher_weights}
     notes = {"pretrained": job.pretrained, "teacher_spec": job.teacher, "policy": dataclasses.asdict(task.policy),
-             **{name: str(path) if path else None for name, path in paths.items()}}  # fmt: skip
+             **{name: plainly(path) if path else None for name, path in paths.items()}}  # fmt: skip
     return RunFolder(job.out, job.config, identity, notes, job.resume, job.say, world_size=ranks.world, writer=ranks.is_main)
 
 

@@ -26,6 +26,7 @@ from ferkd.folders import Split, scan_split
 from ferkd.label_plan import AUTOCAST_DTYPE
 from ferkd.process import keep_freed_memory
 from ferkd.records import pack_labels
+from ferkd.remote import plainly, url_of
 from ferkd.store import LabelStore
 from ferkd.teacher import LoadedModel, TeacherClasses, choose_classes, load_teacher
 from ferkd.verify_sample import Asking, SampledPhoto, divergence, likely_cause, read_sample
@@ -113,11 +114,11 @@ class Verdict:
 
 def verify(settings: VerifySettings) -> Verdict:
     """Checks a store. Raises InputError for wrong use, and for data or a teacher that cannot be had."""
-    name = str(settings.store)
-    if not (settings.store / "manifest.json").is_file():
-        LabelStore(settings.store)  # raises: it says what this is instead
+    name, path = plainly(settings.store), settings.store
+    if url_of(path) is not None or not (path / "manifest.json").is_file():
+        path = LabelStore(path).path  # fetched; or raises, and says what this is instead
     try:
-        store = LabelStore(settings.store)
+        store = LabelStore(path)
         if settings.integrity:
             store.check_integrity()
             files = len(store.manifest.shards) + 2

@@ -10,11 +10,10 @@ import os
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ferkd.errors import InputError, few, one_line
@@ -37,7 +36,9 @@ def save_weights(
     """Writes the model's state as safetensors with what load_run needs in the metadata; whole or not at all.
 
     The tensor names are the plain model's (no `module.` of DDP, no `_orig_mod.` of torch.compile), so that
-    timm.create_model(NAME, checkpoint_path=path) loads it. Raises InputError naming the file when it cannot be written.
+    timm.create_model(NAME, checkpoint_path=path) loads it. The same weights and metadata give the same bytes.
+
+    Raises InputError naming the file when it cannot be written.
     """
     from ferkd import __version__
 
@@ -61,9 +62,8 @@ def save_weights(
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, aside, metadata)
-        with open(aside, "rb+") as file:
-            _order_metadata(file)
+        with open(aside, "wb") as file:
+            file.writelines(_in_order(save(tensors, metadata)))
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -78,17 +78,14 @@ def save_weights(
         raise InputError(f"{path}: cannot be written ({error}); free some space or choose another folder") from error
 
 
-def _order_metadata(file: BinaryIO) -> None:
-    """Sorts a safetensors file's metadata in place: the library writes them in another order every time, and equal weights should be equal
-    files."""
-    length = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(length))
+def _in_order(content: bytes) -> tuple[bytes, bytes, memoryview]:
+    """The same safetensors file, in pieces, with its metadata sorted: the library writes them in another order every time."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    if len(ordered) > length:
-        raise OSError(f"its header of {length} bytes cannot be ordered in place")
-    file.seek(8)
-    file.write(ordered.ljust(length))  # spaces at the end are part of the format
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    return len(text).to_bytes(8, "little"), text, memoryview(content)[end:]
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -150,6 +150,8 @@ CASES: list[tuple[str, Spoil, list[str]]] = [
     ("a choice that is none", lambda: None, [*TRAIN, "--mix", "blend"]),
     ("a mistyped command", lambda: None, ["tran"]),
     ("an unknown command", lambda: None, ["distil"]),
+    ("a store elsewhere that is not there", lambda: None, [*TRAIN, "--labels", "file:///nowhere/labels"]),
+    ("a store to be written elsewhere", lambda: None, [*LABEL[:6], "s3://bucket/labels", *LABEL[7:]]),
 ]
 
 
@@ -174,6 +176,7 @@ def answers() -> list[tuple[str, int, str]]:
         whole = Path(folder) / "whole"
         write_photos(whole / "data")
         write_store(whole / "data", whole / "labels")
+        os.environ["FERKD_CACHE"] = str(Path(folder) / "cache")
         try:
             for number, (kind, spoil, command) in enumerate(CASES):
                 work = Path(folder) / f"case{number}"

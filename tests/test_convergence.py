@@ -334,6 +334,30 @@ def test_tuning_chooses_by_its_rules_and_what_waits_for_it_is_made_afterwards(tm
             assert arm.images.held_out == study.name.removeprefix("imagenette-").startswith("tune")
 
 
+def test_a_cell_gets_ten_seeds_by_the_rule_and_only_then(place):
+    wrong = tiny_study(Images("photos", wrong=0.4))
+    study = dataclasses.replace(tiny_study(), arms=tiny_study().arms + wrong.arms, seeds=(0, 1, 2, 3, 4))
+    spread = (-0.02, 0.02, -0.01, 0.01, 0.0)
+
+    def rows(studied, seeds):
+        told = made_up_rows(studied, place, lambda method, seed: 0.6 if method == "FerKD (target)" else 0.6 + spread[seed])
+        return [row for row in told if int(row["seed"]) in seeds]
+
+    file = runs_file(place.results, "tiny")
+    append_rows(file, RUN_COLUMNS, rows(study, (0, 1, 2, 3)))
+    assert not studies.extended(study, "FerKD (target)", place.results).extended, "not before there are five"
+    append_rows(file, RUN_COLUMNS, rows(study, (4,)))
+    assert studies.extended(study, "FerKD (target)", place.results).extended == study.arms
+    file.unlink()
+    for row in rows(study, (0, 1, 2, 3, 4)):
+        clear = row["method"] == "FerKD (target)" and row["wrong"] == 0.4
+        append_rows(file, RUN_COLUMNS, [{**row, "top1_last": 0.9} if clear else row])
+    extended = studies.extended(study, "FerKD (target)", place.results)
+    assert extended.extended == tiny_study().arms, "where the five are clear they are enough"
+    assert sorted({seed for _, seed in extended.runs()}) == list(range(10))
+    assert len(list(extended.runs())) == 6 * 5 + 3 * 5
+
+
 # ---- The tables ------------------------------------------------------------------------------------------------------------------
 
 

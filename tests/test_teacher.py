@@ -326,6 +326,17 @@ def test_a_saved_run_comes_back_whole(python_spec, tmp_path):
     assert load_run(tmp_path / "run/last.safetensors").weights_sha256 == loaded.weights_sha256
 
 
+def test_the_same_weights_are_the_same_bytes_with_aligned_tensors(tmp_path):
+    model, extra = nn.Linear(3, 5), {f"key {i}": "ä" * i for i in range(20)}
+    for name in ("a", "b"):
+        save_weights(tmp_path / name, model, "timm:x", [f"class {i}" for i in range(5)], Preprocessing(), extra)
+    content = (tmp_path / "a").read_bytes()
+    assert content == (tmp_path / "b").read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    assert end % 8 == 0
+    assert json.loads(content[8:end])["__metadata__"]["key 19"] == "ä" * 19
+
+
 def test_a_saved_student_is_a_plain_timm_checkpoint(tmp_path):
     import timm
 

@@ -51,6 +51,14 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
     return Difference(mean, error * float(stats.t.ppf(1.0 - LEVEL / 2, n - 1)), p, n)
 
 
+EXTEND_HALF_WIDTH = 0.005
+
+
+def asks_for_more(difference: Difference) -> bool:
+    """The rule for more seeds, applied to FerKD - FKD after five: the interval includes 0 and is too wide to mean "no difference"."""
+    return abs(difference.mean) < difference.half_width and difference.half_width > EXTEND_HALF_WIDTH
+
+
 def holm(values: Sequence[float]) -> list[float]:
     """Holm's step-down adjusted p values, in the order given (Holm 1979). Those that are NaN stay so and do not count."""
     known = sorted((p, place) for place, p in enumerate(values) if not math.isnan(p))

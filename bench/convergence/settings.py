@@ -100,6 +100,9 @@ class Arm:
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
 
+FIVE, EXTENSION = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
+
+
 @dataclasses.dataclass(frozen=True)
 class Study:
     name: str
@@ -107,11 +110,14 @@ class Study:
     seeds: tuple[int, ...]
     again: tuple[Arm, ...] = ()
     """Those that are run once more, from seeds 1 and 2: what tuning chooses among."""
+    extended: tuple[Arm, ...] = ()
+    """Those that the rule for more seeds asks for: they have EXTENSION too."""
 
     def runs(self) -> Iterator[tuple[Arm, int]]:
         """Every method has its first seed before any has its second."""
         yield from ((arm, seed) for seed in self.seeds for arm in self.arms)
         yield from ((arm, seed) for seed in (1, 2) for arm in self.again)
+        yield from ((arm, seed) for seed in EXTENSION for arm in self.extended)
 
 
 # ---- The methods -----------------------------------------------------------------------------------------------------------------

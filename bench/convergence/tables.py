@@ -6,13 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from bench.convergence.paired import LEVEL, Difference, holm, paired_difference, spread
+from bench.convergence.paired import LEVEL, Difference, asks_for_more, holm, paired_difference, spread
 from bench.convergence.results import Row
 
 PLANNED = (("{FerKD}", "FKD"), ("FKD", "hard labels + smoothing"), ("FerKD + SelfMix", "{FerKD}"))
 """First - second; {FerKD} has the confidence that tuning chose, which is also SelfMix's."""
 
-EXTEND_HALF_WIDTH = 0.005
 METHODS = (
     "hard labels", "hard labels + smoothing", "FKD", "FKD + Mixup/CutMix", "FerKD (max)", "FerKD (target)", "FerKD + SelfMix",
     "online teacher",
@@ -104,8 +103,7 @@ def planned_table(methods: dict[str, dict[int, Row]], column: str = "top1_last")
     table = grid(("planned comparison, paired by seed", "points (95 % interval)", "n", "p, Holm", "a difference"), lines)
     first = there[0][1] if there and there[0][0].startswith("FerKD") else None
     if first is not None and first.n == 5:
-        more = abs(first.mean) < first.half_width and first.half_width > EXTEND_HALF_WIDTH
-        table += f"\n\nBy the rule for more seeds: {'ten' if more else 'five are enough'}."
+        table += f"\n\nBy the rule for more seeds: {'ten' if asks_for_more(first) else 'five are enough'}."
     return table
 
 

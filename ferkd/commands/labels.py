@@ -83,10 +83,10 @@ def inspect(arguments: Sequence[str]) -> None:
         written.append(settings.page)
         write_page(settings.page, store_page(store, inspection, photos, quantiles))
     if output.json:
-        print(json.dumps({"store": str(settings.store), **inspection.as_json(), "written": [str(path) for path in written]}))
+        print(json.dumps({"store": store.source, **inspection.as_json(), "written": [str(path) for path in written]}))
     else:
         answers = f"top {store.k} of {store.classes:,} classes, {store.manifest.crop_bytes} bytes a crop"
-        print(f"{settings.store}: {len(store):,} images x {store.crops} crops, {answers}")
+        print(f"{store.source}: {len(store):,} images x {store.crops} crops, {answers}")
         if quantiles:
             print(quantiles)
         print(inspection_table(inspection))

@@ -22,6 +22,7 @@ from ferkd.durable import naming_file, write_whole
 from ferkd.errors import InputError
 from ferkd.interop.fkd import FileNames, trainer_name
 from ferkd.regions import Region, RegionPolicy, confidence_of, region_of
+from ferkd.remote import refuse_url
 from ferkd.store import ImageLabels, LabelStore
 
 ExportType = Literal["hard", "smoothing", "marginal_smoothing_k5", "marginal_smoothing_k10", "dense"]
@@ -74,13 +75,14 @@ def export_fkd(settings: ExportSettings, say: Callable[[str], None]) -> Exported
     A file appears whole, by renaming, but is not flushed to disk: a flush for each of a million files would take hours.
     Raises InputError for a folder that holds something else, a type that cannot hold the labels, and images that would share a file.
     """
+    refuse_url(settings.out, "out")
     store = LabelStore(settings.store)
     label_type = _label_type(settings.label_type, store)
     names = FileNames(store.paths, trainer_name)
     if names.shared:
         image, sharers = next(iter(names.shared.items()))
         raise InputError(
-            f"{settings.store}: {len(names.shared):,} images share files in FKD's naming, which cuts train/CLASS/IMAGE at its first dot: "
+            f"{store.source}: {len(names.shared):,} images share files in FKD's naming, which cuts train/CLASS/IMAGE at its first dot: "
             f"{', '.join(store.paths[i] for i in sharers[:3])} would all be {trainer_name(store.paths[image])}; rename them and label again"
         )
     job = {

@@ -59,7 +59,7 @@ def sample_photos(store: LabelStore, photos: Path, order_by: Confidence, images:
             }
         )  # fmt: skip
     if not found:
-        raise InputError(f"{store.path}: none of its images could be read when it was labelled, so there is nothing to draw")
+        raise InputError(f"{store.source}: none of its images could be read when it was labelled, so there is nothing to draw")
     return found
 
 

@@ -223,7 +223,7 @@ def _policies(store: LabelStore, runs: Sequence[History], names: Sequence[str]) 
     }
     if not found:
         raise InputError(
-            f"{store.path}: none of these runs learnt from this store; give the one that their config.json names, or leave out --labels"
+            f"{store.source}: none of these runs learnt from this store; give the one that their config.json names, or leave out --labels"
         )
     return dict(sorted(found.items(), key=lambda entry: entry[1].calibrate_below == 0.0 and not entry[1].discards))
 

@@ -46,7 +46,9 @@ discarding have a low agreement, labels worth keeping a high one.</p>
 <h2>How the teacher does</h2>
 <div class="grid">{_scales(inspection.by_scale)}{_confidences(inspection.by_confidence, policy.confidence)}</div>
 """
-    return page(f"Labels of {store.path.resolve().name}", Markup(body), figures, ["charts.js", "photos.js", "store.js"])
+    return page(
+        f"Labels of {Path(store.source).name or store.path.resolve().name}", Markup(body), figures, ["charts.js", "photos.js", "store.js"]
+    )
 
 
 _PHOTOS = f"""
