@@ -88,7 +88,11 @@ def test_the_loop_of_the_readme_runs_as_printed(tmp_path: Path, monkeypatch: pyt
 def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
     assert len(README.splitlines()) <= 150
     for link in re.findall(r"\]\(([^)]+)\)", README):
-        assert link.startswith("https://") or (ROOT / link).exists(), link
+        if not link.startswith("https://"):
+            page, _, heading = link.partition("#")
+            assert (ROOT / page).exists(), link
+            headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(), re.M) if heading else []
+            assert not heading or heading in [re.sub(r"[^\w -]", "", words).lower().replace(" ", "-") for words in headings], link
 
 
 def test_the_targets_that_the_readme_names_exist() -> None:
