@@ -17,8 +17,8 @@ from safetensors import safe_open
 from ferkd.cli import main
 from ferkd.data import CenterViews
 from ferkd.evaluation import evaluate_model
-from ferkd.folders import scan_split
 from ferkd.preprocessing import Preprocessing
+from ferkd.sources import scan_split
 from ferkd.teacher import load_run
 
 TESTS = Path(__file__).parent

@@ -360,14 +360,14 @@ def test_one_class_is_refused(photos: Path, tmp_path: Path) -> None:
     for split in ("train", "val"):
         for name in ("red", "blue"):
             shutil.rmtree(other / split / name)
-    with pytest.raises(InputError, match="has only the class folder 'green'"):
+    with pytest.raises(InputError, match="has only the class 'green'"):
         train(job(other, tmp_path / "run"))
 
 
 def test_val_must_have_every_class_of_the_labels(photos: Path, store: LabelStore, tmp_path: Path) -> None:
     other = write_photos(tmp_path / "data")
     shutil.rmtree(other / "val" / "red")
-    with pytest.raises(InputError, match="val: lacks the class folders red of the store"):
+    with pytest.raises(InputError, match="val: lacks the classes red of the store"):
         train(job(other, tmp_path / "run", store))
 
 

@@ -13,6 +13,7 @@ import tyro
 from ferkd.commands.parsing import parse
 from ferkd.errors import CheckFailed, InputError
 from ferkd.regions import RegionPolicy
+from ferkd.sources import DataFlag
 
 
 def label(arguments: Sequence[str]) -> None:
@@ -40,8 +41,8 @@ class InspectSettings:
     thresholds: Literal["probability", "quantile"] = "probability"
     """Whether thresholds are probabilities or shares of the store's crops: --discard-below 0.1 then means the lowest tenth. Reads the
     store twice."""
-    data: Path | None = None
-    """The dataset's folder, to draw crops on its photographs."""
+    data: DataFlag | None = None
+    """The dataset that was labelled, to draw crops on its photographs."""
     pictures: Path | None = None
     """Folder for pictures: the confidence histogram, and with --data the crops."""
     page: Path | None = None
@@ -59,6 +60,7 @@ def inspect(arguments: Sequence[str]) -> None:
     from ferkd.pages.store_page import store_page
     from ferkd.quantiles import quantile_line, quantile_policy
     from ferkd.report import confidence_picture, crops_picture, inspection_table
+    from ferkd.sources import labelled_photos
     from ferkd.store import LabelStore
 
     settings, output = parse(inspect, InspectSettings, arguments)
@@ -71,7 +73,7 @@ def inspect(arguments: Sequence[str]) -> None:
         policy = quantile_policy(store, policy)
         quantiles = quantile_line(policy, store)
     inspection = inspect_store(store, policy, say_progress(len(store)))
-    photos = settings.data / "train" if settings.data else None
+    photos = labelled_photos(settings.data, store) if settings.data else None
     written = []
     if settings.pictures:
         written.append(settings.pictures / "confidence.png")

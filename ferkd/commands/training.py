@@ -13,12 +13,13 @@ import tyro
 from ferkd.commands.parsing import flag_value, parse, with_value
 from ferkd.errors import InputError
 from ferkd.recipes import TrainConfig, recipe
+from ferkd.sources import DataFlag
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    data: Path
-    """Folder with train/CLASS/* and val/CLASS/*."""
+    data: DataFlag
+    """Folder with train/CLASS/* and val/CLASS/*; or wds:DIR, tar shards; or hf:NAME, a Hugging Face dataset (see ferkd label --help)."""
     student: str
     """timm:NAME (or just NAME), torchvision:NAME or python:MODULE:CALLABLE."""
     out: Path
@@ -76,8 +77,8 @@ def train(arguments: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class EvalSettings:
-    data: Path
-    """Folder with val/CLASS/*."""
+    data: DataFlag
+    """Folder with val/CLASS/*; or wds:DIR, tar shards; or hf:NAME, a Hugging Face dataset (see ferkd label --help)."""
     weights: Path | None = None
     """Weights of a ferkd run (.safetensors), or the run's folder."""
     teacher: str | None = None
@@ -135,8 +136,8 @@ class ReportSettings:
     """Folders of runs (the --out of ferkd train), finished or not."""
     out: Path = Path("report.html")
     """The page. One that is there is replaced."""
-    data: Path | None = None
-    """The dataset's folder, to show photographs with their crops; goes with --labels."""
+    data: DataFlag | None = None
+    """The dataset that was labelled, to show photographs with their crops; goes with --labels."""
     labels: Path | None = None
     """The store that runs learnt from."""
 
@@ -153,6 +154,7 @@ def report(arguments: Sequence[str]) -> None:
     """
     from ferkd.pages.page import check_page_path, write_page
     from ferkd.pages.runs_page import runs_page
+    from ferkd.sources import labelled_photos
     from ferkd.store import LabelStore
 
     settings, output = parse(report, ReportSettings, arguments)
@@ -160,7 +162,7 @@ def report(arguments: Sequence[str]) -> None:
         raise InputError("give at least one folder of a run")
     check_page_path(settings.out)
     store = LabelStore(settings.labels) if settings.labels else None
-    write_page(settings.out, runs_page(settings.runs, store, settings.data / "train" if settings.data else None))
+    write_page(settings.out, runs_page(settings.runs, store, labelled_photos(settings.data, store) if settings.data and store else None))
     print(json.dumps({"page": str(settings.out)}) if output.json else f"wrote {settings.out}")
 
 
