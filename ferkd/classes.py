@@ -94,7 +94,7 @@ def wordnet_ids(outputs: int) -> list[str]:
     try:
         timm_data = importlib.import_module("timm.data")
     except ImportError as error:
-        raise InputError("ImageNet's list of classes comes with timm, which is not installed; pip install ferkd[timm]") from error
+        raise InputError("ImageNet's list of classes comes with timm, which is not installed; pip install 'ferkd[timm]'") from error
     return list(timm_data.ImageNetInfo(IMAGENET_VARIANTS[outputs]).label_names())
 
 

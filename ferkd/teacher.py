@@ -123,6 +123,8 @@ def load_run(path: Path) -> LoadedModel:
         if not found:
             raise InputError(f"{path}: holds neither {' nor '.join(RUN_WEIGHTS)}; give the folder of a finished ferkd train run")
         path = found[0]
+    elif not path.exists():
+        raise InputError(f"{path}: no such run; give the --out folder of ferkd train, or a weights file in it")
     state, metadata = read_weights(path)
     if "ferkd_version" not in metadata:
         raise InputError(f"{path}: was not written by ferkd train (no metadata); name its architecture, timm:NAME, and pass it as weights")

@@ -108,6 +108,7 @@ def tar_of(*names: str) -> Path:
 
 CASES: list[tuple[str, Spoil, list[str]]] = [
     ("no such folder", lambda: shutil.rmtree("data"), TRAIN),
+    ("the folder train instead of the one above it", lambda: None, [*TRAIN[:2], "data/train", *TRAIN[3:]]),
     ("photographs without class folders", lambda: (shutil.rmtree("data/train"), Path("data/train").mkdir()), TRAIN),
     ("a class folder without an image", lambda: [p.unlink() for p in Path("data/train/red").iterdir()], TRAIN),
     ("a class that val lacks", lambda: shutil.rmtree("data/val/red"), TRAIN),
@@ -129,6 +130,9 @@ CASES: list[tuple[str, Spoil, list[str]]] = [
     ("no such dataset of Hugging Face", lambda: None, [*TRAIN[:2], "hf:./birds", *TRAIN[3:]]),
     ("an option that a dataset has none of", lambda: None, [*TRAIN[:2], "hf:birds?split=train", *TRAIN[3:]]),
     ("a teacher that nobody knows", lambda: None, [*LABEL[:4], "timm:resnet5o", *LABEL[5:]]),
+    ("a teacher without its kind", lambda: None, [*LABEL[:4], "resnet50", *LABEL[5:]]),
+    ("a run as a teacher without its kind", lambda: Path("run").mkdir(), [*LABEL[:4], "run", *LABEL[5:]]),
+    ("a run that is not there", lambda: None, [*LABEL[:4], "run:runs", *LABEL[5:]]),
     ("a teacher's module that does not exist", lambda: None, [*LABEL[:4], "python:nowhere:make", *LABEL[5:]]),
     ("a folder that is no class of the teacher", lambda: [os.rename(f"data/{s}/red", f"data/{s}/rot") for s in ("train", "val")], LABEL),
     ("a teacher with the wrong normalisation", lambda: None, [*LABEL[:4], "python:test_step:wrong_teacher", *LABEL[5:]]),
@@ -161,7 +165,12 @@ CASES: list[tuple[str, Spoil, list[str]]] = [
     ("a folder that is no run", lambda: None, ["report", "data"]),
     ("a page on top of a run's log", trained, ["report", "run", "--out", "run/log.jsonl"]),
     ("an unknown flag", lambda: None, [*TRAIN, "--learning-rate", "1"]),
-    ("an unknown command", lambda: None, ["tran"]),
+    ("a mistyped flag", lambda: None, [*TRAIN, "--epoch", "1"]),
+    ("a flag left out", lambda: None, ["train", "--data", "data"]),
+    ("letters for a number", lambda: None, [*TRAIN, "--lr", "high"]),
+    ("a choice that is none", lambda: None, [*TRAIN, "--mix", "blend"]),
+    ("a mistyped command", lambda: None, ["tran"]),
+    ("an unknown command", lambda: None, ["distil"]),
     ("a store elsewhere that is not there", lambda: None, [*TRAIN, "--labels", "file:///nowhere/labels"]),
     ("a store to be written elsewhere", lambda: None, [*LABEL[:6], "s3://bucket/labels", *LABEL[7:]]),
 ]

@@ -201,5 +201,5 @@ def test_folders_without_a_class_are_listed(folders, classes, outputs, message):
 
 def test_without_timm_imagenet_names_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "timm.data", None)
-    with pytest.raises(InputError, match=r"pip install ferkd\[timm\]"):
+    with pytest.raises(InputError, match=r"pip install 'ferkd\[timm\]'"):
         class_mapping(["n01440764"], None, 1000)

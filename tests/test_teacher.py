@@ -196,7 +196,7 @@ def test_without_a_network_the_error_says_how_to_pass_weights(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("spec", "hidden", "install"), [("timm:a", "timm", r"ferkd\[timm\]"), ("torchvision:a", "torchvision.models", "torchvision")]
+    ("spec", "hidden", "install"), [("timm:a", "timm", r"'ferkd\[timm\]'"), ("torchvision:a", "torchvision.models", "torchvision")]
 )
 def test_a_library_that_is_absent_is_named(monkeypatch, spec, hidden, install):
     monkeypatch.setitem(sys.modules, hidden, None)

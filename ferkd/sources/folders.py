@@ -80,11 +80,13 @@ def scan_folder(root: Path, split: SplitName) -> Split:
     Raises InputError when the split or its class folders are missing, when a class folder holds no image, when images lie
     directly in the split, or when a name is not UTF-8.
     """
-    folder = Path(root) / split
+    root = Path(root)
+    folder = root / split
     if not folder.is_dir():
-        if not Path(root).is_dir():
+        if not root.is_dir():
             raise InputError(f"{root}: no such folder; --data wants a folder that holds train/CLASS/*.jpg and val/CLASS/*.jpg")
-        raise InputError(f"{folder}: no such folder; put the photographs in {folder}/CLASS/*.jpg, one folder a class")
+        above = f"; did you mean --data {root.parent}?" if (root.parent / split).is_dir() else ""
+        raise InputError(f"{folder}: no such folder{above or f'; put the photographs in {folder}/CLASS/*.jpg, one folder a class'}")
     names, loose = [], []
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
