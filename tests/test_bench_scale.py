@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import bench_scale
+from bench import bench_scale, bench_store
 from ferkd.store import LabelStore
 
 
@@ -64,3 +64,14 @@ def test_all_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 def test_a_process_that_fails_is_not_taken_for_a_figure(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="opening ended with status 1"):
         bench_scale.in_processes("opening", tmp_path / "nothing")
+
+
+def test_bytes_a_crop_are_those_of_the_formats(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_store.say_bytes(2)
+    rows = {line[:30].strip(): line[30:].split() for line in capsys.readouterr().out.splitlines()[1:]}
+    assert {name: found[0] for name, found in rows.items() if name != "ml-dr"} == {
+        "ferkd exact": "28", "ferkd compact": "12", "FKD float32": "57", "FKD float16": "29", "TinyViT, k=100": "404",
+    }  # fmt: skip
+    for name in ("ferkd exact", "ferkd compact", "FKD float32", "FKD float16"):
+        record, on_disk = (float(text) for text in rows[name])
+        assert record < on_disk < record + 10, name
