@@ -141,7 +141,7 @@ BYTES_CROPS, TINYVIT_K = 500, 100
 
 
 def bytes_a_crop(folder: Path, images: int) -> list[tuple[str, int | None, float | None]]:
-    """(format, bytes of a record, bytes a crop of its files with all they hold); None where a record has no fixed size, or no file is made."""
+    """(format, bytes of a record, bytes a crop of its files with all they hold); None where not fixed, or not made."""
     rows: list[tuple[str, int | None, float | None]] = []
     for layout, codecs in LAYOUTS.items():
         store = make_store(folder / layout, layout, images, BYTES_CROPS)

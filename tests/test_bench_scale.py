@@ -67,7 +67,7 @@ def test_a_process_that_fails_is_not_taken_for_a_figure(tmp_path: Path) -> None:
 
 
 def test_bytes_a_crop_are_those_of_the_formats(capsys: pytest.CaptureFixture[str]) -> None:
-    bench_store.say_bytes(2)
+    bench_store.say_bytes(8)
     rows = {line[:30].strip(): line[30:].split() for line in capsys.readouterr().out.splitlines()[1:]}
     assert {name: found[0] for name, found in rows.items() if name != "ml-dr"} == {
         "ferkd exact": "28", "ferkd compact": "12", "FKD float32": "57", "FKD float16": "29", "TinyViT, k=100": "404",
