@@ -1,12 +1,17 @@
 """Reading one image's labels at random, beside one torch.load an image as FKD stores them; and the bytes a crop takes.
 
     python bench/bench_store.py                      interleaves all variants, prints two tables, writes ${OUT:-bench/results}/store.csv
+    python bench/bench_store.py --bytes              the table of bytes alone
     pytest bench/bench_store.py --benchmark-enable    the same variants under pytest-benchmark
 
 200 crops an image, k = 5 of 1,000 classes, and what a step needs of them: boxes, flips and labels of m = 4 crops. A visit of FKD's
 loader is torch.load of a file written by torch.save([coords, flip, labels]) and indexing; a visit of ours is LabelStore.read,
 which checks the CRC32 of all 200 crops, the labels' words (the loss kernel takes them as they are) and boxes(4 crops). All files
 lie in the page cache: this is the cost of reading itself, not of the disk.
+
+Bytes are those of 500 crops an image: what a record holds, and what its files take for each crop, everything included. FKD's files are
+those of `ferkd export fkd`, and the same tensors in float16, which our exporter does not write; ml-dr's hold what docs/formats.md
+says. TinyViT's labels are of other augmentations and are counted by the format: a seed and k times an int16 id and a float16.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import machine
 from ferkd.crops import CropSettings, draw_crops
+from ferkd.interop.fkd_export import ExportSettings, export_fkd
 from ferkd.records import BoxCodec, LabelCodec, crop_bytes, pack_boxes, pack_labels
 from ferkd.store import LabelledImage, LabelStore, PathTable, StorePlan, StoreWriter
 
@@ -39,27 +45,27 @@ WIDTH, HEIGHT = 500, 375
 LAYOUTS: dict[str, tuple[BoxCodec, LabelCodec]] = {"exact": ("stored", "half"), "compact": ("replayed", "packed")}
 
 
-def answers(image: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def answers(image: int, crops: int = CROPS) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """One image's boxes, flips, ids and probabilities; what they are does not matter to the time."""
     rng = np.random.default_rng(image)
-    boxes, flips = draw_crops(CropSettings(), image, np.arange(CROPS), WIDTH, HEIGHT)
-    probs = -np.sort(-rng.dirichlet(np.full(K + 1, 0.3), size=CROPS)[:, :K].astype(np.float32), axis=1)
-    return boxes, flips, rng.integers(0, CLASSES, (CROPS, K)), probs
+    boxes, flips = draw_crops(CropSettings(), image, np.arange(crops), WIDTH, HEIGHT)
+    probs = -np.sort(-rng.dirichlet(np.full(K + 1, 0.3), size=crops)[:, :K].astype(np.float32), axis=1)
+    return boxes, flips, rng.integers(0, CLASSES, (crops, K)), probs
 
 
-def make_store(folder: Path, layout: str, images: int) -> LabelStore:
+def make_store(folder: Path, layout: str, images: int, crops: int = CROPS) -> LabelStore:
     """A store of `images` images in one of the two layouts."""
     box_codec, label_codec = LAYOUTS[layout]
     plan = StorePlan(
         PathTable.from_paths(f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(images)),
-        np.arange(images) % CLASSES, CROPS, K, [str(i) for i in range(CLASSES)], {}, box_codec, label_codec, CropSettings(), 256, 1.0, {},
+        np.arange(images) % CLASSES, crops, K, [str(i) for i in range(CLASSES)], {}, box_codec, label_codec, CropSettings(), 256, 1.0, {},
     )  # fmt: skip
     with StoreWriter(folder, plan) as writer:
         for shard, first, last in writer.missing():
             for start in range(first, last + 1, 64):
                 unit = []
                 for image in range(start, min(start + 64, last + 1)):
-                    boxes, flips, ids, probs = answers(image)
+                    boxes, flips, ids, probs = answers(image, crops)
                     words = pack_boxes(boxes, flips) if box_codec == "stored" else None
                     unit.append(LabelledImage(WIDTH, HEIGHT, image, words, pack_labels(ids, probs, label_codec, CLASSES)))
                 writer.write_unit(shard, unit)
@@ -131,21 +137,58 @@ def test_visit(benchmark: Any, small: Any, variant: str) -> None:
     benchmark(lambda: [small[variant](image) for image in order])
 
 
-def bytes_a_crop(folder: Path, images: int) -> list[tuple[str, float]]:
-    """Bytes on disk for each crop, everything included (index and manifest, file headers)."""
-    rows = []
-    for name, part in (("FKD fp32", "fkdFalse"), ("FKD fp16", "fkdTrue"), *((f"ferkd {layout}", layout) for layout in LAYOUTS)):
-        size = sum(file.stat().st_size for file in (folder / part).rglob("*") if file.is_file())
-        rows.append((name, size / images / CROPS))
+BYTES_CROPS, TINYVIT_K = 500, 100
+
+
+def bytes_a_crop(folder: Path, images: int) -> list[tuple[str, int | None, float | None]]:
+    """(format, bytes of a record, bytes a crop of its files with all they hold); None where not fixed, or not made."""
+    rows: list[tuple[str, int | None, float | None]] = []
+    for layout, codecs in LAYOUTS.items():
+        store = make_store(folder / layout, layout, images, BYTES_CROPS)
+        rows.append((f"ferkd {layout}", crop_bytes(*codecs, K, CLASSES), _on_disk(store.path, images)))
+    export_fkd(ExportSettings(folder / "exact", folder / "fkd32"), lambda _: None)
+    files = sorted((folder / "fkd32").rglob("*.tar"))
+    (folder / "fkd16").mkdir()
+    (folder / "mldr").mkdir()
+    for number, file in enumerate(files):
+        coords, flips, labels = torch.load(file, weights_only=True)
+        torch.save([coords.half(), flips, labels.half()], folder / "fkd16" / f"{number}.tar")
+        samples = [
+            {"params": [(round(HEIGHT * box[0]), round(WIDTH * box[1]), round(HEIGHT * box[2]), round(WIDTH * box[3])), flip],
+             "prob": (label[1], [int(one) for one in label[0]])}
+            for box, flip, label in zip(coords.tolist(), flips.tolist(), labels.tolist(), strict=True)
+        ]  # fmt: skip
+        torch.save((number, samples), folder / "mldr" / f"{number}.pth.tar", pickle_protocol=4)
+    for name, size, part in (("FKD float32", 4, "fkd32/train"), ("FKD float16", 2, "fkd16")):
+        rows.append((name, 4 * size + 1 + 2 * K * size, _on_disk(folder / part, images)))
+    rows.append(("ml-dr", None, _on_disk(folder / "mldr", images)))
+    rows.append((f"TinyViT, k={TINYVIT_K}", 4 + 4 * TINYVIT_K, None))
     return rows
+
+
+def _on_disk(folder: Path, images: int) -> float:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / images / BYTES_CROPS
+
+
+def say_bytes(images: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        rows = bytes_a_crop(Path(name), images)
+    print(f"{f'bytes a crop, {BYTES_CROPS} crops, k={K}':<30} {'record':>8} {'on disk, all':>14}")
+    for kind, record, on_disk in rows:
+        print(f"{kind:<30} {record or '':>8} {'' if on_disk is None else f'{on_disk:.1f}':>14}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=80, help="each times 50 visits of every variant, in changing order")
+    parser.add_argument("--bytes", action="store_true", help="print the table of bytes alone")
+    parser.add_argument("--bytes-images", type=int, default=256, help="images whose files that table measures")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.bytes:
+        say_bytes(options.bytes_images)
+        return
     print(f"{machine.processor()}, Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}")
     print(f"{options.images:,} images x {CROPS} crops, k={K} of {CLASSES} classes, m={M} crops a visit, one process, warm page cache\n")
     rng = np.random.default_rng(2)
@@ -176,10 +219,8 @@ def main() -> None:
                 "images_per_s": f"{1 / median:.0f}", "times_fkd_fp32": f"{base / median:.2f}", "torch": torch.__version__,
                 "others_busy": f"{busy:.2f}",
             })  # fmt: skip
-        print(f"\n{'bytes a crop':<30} {'record':>8} {'on disk, all':>14}")
-        for kind, size in bytes_a_crop(folder, options.images):
-            layout = LAYOUTS.get(kind.removeprefix("ferkd "))
-            print(f"{kind:<30} {crop_bytes(*layout, K, CLASSES) if layout else '':>8} {size:>14.1f}")
+    print()
+    say_bytes(options.bytes_images)
     out = Path(os.environ.get("OUT", Path(__file__).parent / "results"))
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "store.csv", "w", newline="") as file:

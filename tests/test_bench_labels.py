@@ -1,15 +1,19 @@
 """The benchmarks of labelling and of `compact` run, and say what they claim to say."""
 
 import csv
+import dataclasses
+import functools
 import sys
 
 import numpy as np
 import pytest
+from photos import write_photos, write_store
 from PIL import Image
 from tiny_teachers import GREYS
 
 from bench import bench_compact, bench_labeling
 from ferkd.labeling import LabelSettings, label
+from ferkd.recipes import small_images
 from ferkd.store import LabelStore
 
 
@@ -55,3 +59,50 @@ def test_compact_is_compared_crop_by_crop(photos, tmp_path):
     )
     with pytest.raises(SystemExit, match="its boxes differ"):
         bench_compact.compare(stores[0], LabelStore(other.path))
+
+
+def test_students_are_trained_on_either_layout_and_the_difference_is_told(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("scipy")
+    monkeypatch.delenv("FERKD_TEST_DATA", raising=False)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(bench_compact, "prepare_trial", functools.partial(small_trial, tmp_path))
+    monkeypatch.setattr(sys, "argv", ["bench_compact.py", "--train", "2", "--work", str(tmp_path / "work")])
+    bench_compact.main()
+    said = capsys.readouterr().out
+    assert "compact - exact: " in said
+    assert "95 % interval" in said
+    with open(tmp_path / "compact-train.csv", newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    assert [(row["seed"], row["layout"]) for row in rows] == [("0", "exact"), ("0", "compact"), ("1", "exact"), ("1", "compact")]
+    assert LabelStore(tmp_path / "labels/compact").label_codec == "packed"
+    monkeypatch.setattr(bench_compact, "train", None)  # what is finished is not trained again
+    bench_compact.main()
+
+
+def small_trial(folder, work, epochs, photos):
+    data = write_photos(folder / "photos") if not (folder / "photos").exists() else folder / "photos"
+    stores = {layout: folder / "labels" / layout for layout in bench_compact.LAYOUTS}
+    for layout, store in stores.items():
+        if not store.exists():
+            write_store(data, store, compact=layout == "compact")
+    config = dataclasses.replace(small_images(), epochs=2, batch_size=8, image_size=16, workers=0)
+    return bench_compact.Trial(data, stores, "python:photos:tiny_net", config)
+
+
+@pytest.mark.parametrize(
+    ("exact", "compact", "said"),
+    [
+        ([0.900, 0.910, 0.905], [0.901, 0.910, 0.904], "equal within 0.5 points"),
+        ([0.90, 0.93, 0.88], [0.91, 0.91, 0.90], "is not excluded: train more seeds"),
+        ([0.90, 0.91, 0.92], [0.85, 0.861, 0.869], "they differ"),
+    ],
+)
+def test_what_follows_from_the_difference(exact, compact, said):
+    pytest.importorskip("scipy")
+    rows = [
+        {"seed": seed, "layout": layout, "top1": value}
+        for layout, values in (("exact", exact), ("compact", compact))
+        for seed, value in enumerate(values)
+    ]
+    assert said in bench_compact.verdict(rows)[-1]
