@@ -257,11 +257,17 @@ def drop_cached(folder: Path) -> None:
 
 def _child(target: str, arguments: tuple[Any, ...], answer: Any) -> None:
     sys.stderr.flush()
-    answer.send(globals()[target](*arguments))
+    answered = globals()[target](*arguments)
+    answer.send((answered, sum(os.times()[:2])))
+
+
+spent = 0.0
+"""Processor seconds of all of in_processes' so far: they are the forkserver's children, so that os.times() does not count them."""
 
 
 def in_processes(target: str, *arguments: Any, count: int = 1) -> list[Any]:
     """target(...) in `count` fresh processes at once. Raises RuntimeError when one of them fails."""
+    global spent
     forking = multiprocessing.get_context("forkserver")  # each forked from one that has imported, but opened nothing
     forking.set_forkserver_preload(["ferkd.store", "ferkd.regions", "torch"])
     together = forking.Barrier(count)
@@ -276,7 +282,9 @@ def in_processes(target: str, *arguments: Any, count: int = 1) -> list[Any]:
     answers = []
     for process, mine in running:
         try:
-            answers.append(mine.recv())
+            answered, seconds = mine.recv()
+            answers.append(answered)
+            spent += seconds
         except EOFError as error:
             process.join()
             raise RuntimeError(f"{target} ended with status {process.exitcode}") from error
@@ -298,7 +306,7 @@ def measure(folder: Path, size: Size, on_disk: int, seconds: float, scan_images:
         "manifest_kb": (folder / "manifest.json").stat().st_size / 1e3,
     }  # fmt: skip
     others, started = machine.seconds_of_others(), time.perf_counter()
-    before_children = os.times()
+    spent_before = spent
 
     drop_cached(folder)
     row["open_dropped_ms"] = in_processes("opening", folder)[0]["open_ms"]
@@ -326,9 +334,7 @@ def measure(folder: Path, size: Size, on_disk: int, seconds: float, scan_images:
     row["visits_a_s_dropped"] = answers[0]["visits"] / answers[0]["s"]
     say(f"with its pages dropped ({row['cached_after_drop']:.0%} cached): {row['visits_a_s_dropped']:,.0f} images/s")
 
-    ended = os.times()
-    children = ended.children_user + ended.children_system - before_children.children_user - before_children.children_system
-    busy = (machine.seconds_of_others() - others - children) / (time.perf_counter() - started)
+    busy = (machine.seconds_of_others() - others - (spent - spent_before)) / (time.perf_counter() - started)
     row["others_busy"] = max(busy, 0.0)
     return row
 
