@@ -152,25 +152,27 @@ class _Place:
     def _tried(self, file: str, act: Callable[[str], Any]) -> Any:
         """act(path), again after a while when that may help."""
         path = f"{self.root.rstrip('/')}/{file}"
-        for attempt in range(ATTEMPTS):
+        attempts = 2 if self.name.startswith("hf:") else ATTEMPTS  # the Hub's file system itself tries a broken connection six times
+        for attempt in range(attempts):
             try:
                 return act(path)
             except FileNotFoundError as error:
+                hidden = " (if it is private or gated: hf auth login)" if self.name.startswith("hf:") else ""  # both look the same
                 raise StoreError(
-                    f"{self.name}: has no {file}: this is not a whole store of labels; give the folder that ferkd label wrote"
+                    f"{self.name}: has no {file}: this is not a whole store of labels; give the folder that ferkd label wrote{hidden}"
                 ) from error
             except Exception as error:
                 if isinstance(error, MemoryError):
                     raise
-                status = getattr(error, "status", None)
+                status = _status(error)
                 if isinstance(error, OSError) and _is_of_this_machine(error):
                     raise
-                if isinstance(error, PermissionError) or status in (401, 403):
+                if isinstance(error, PermissionError) or status in (401, 403) or type(error).__name__ == "NoCredentialsError":
                     raise StoreError(
                         f"{self.name}: access to {file} was refused ({self._words(error)}); log in as the service has it "
                         "(hf auth login, aws configure)"
                     ) from error
-                if attempt == ATTEMPTS - 1 or (isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)):
+                if attempt == attempts - 1 or (status is not None and 400 <= status < 500 and status not in (408, 429)):
                     raise _Unreachable(
                         f"{self.name}: {file} cannot be fetched ({self._words(error)}); start the same command again to go on"
                     ) from error
@@ -180,6 +182,12 @@ class _Place:
     def _words(self, error: BaseException) -> str:
         words = one_line(error) or type(error).__name__
         return words.replace(self._secret, "...") if self._secret else words
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error is about: aiohttp's errors have it themselves, the Hub's in their response."""
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
 
 
 def _is_of_this_machine(error: OSError) -> bool:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import urllib.parse
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -376,3 +377,83 @@ def test_a_store_in_a_bucket(store: LabelStore, monkeypatch: pytest.MonkeyPatch)
             LabelStore("s3://labels/other")
     finally:
         server.stop()
+
+
+class HubHandler(Handler):
+    """As much of the Hub's interface as its file system asks for a dataset o/n; `status` 401 and 403 are a private and a gated one."""
+
+    def answer(self, body: bool) -> None:
+        path = urllib.parse.unquote(self.path.partition("?")[0])
+        self.server.asked[path] += body
+        refused = self.server.status.get("o/n")
+        content: Any = {"id": "o/n", "_id": "0", "sha": "0" * 40, "siblings": [], "tags": [], "private": False, "downloads": 0, "likes": 0}
+        if refused == 401:
+            return self.send(401, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
+        if "/tree/main" in path or "/resolve/main" in path:
+            if refused:
+                return self.send(refused, b"{}", {"X-Error-Code": "GatedRepo"}, body)
+            file = self.server.folder / path.partition("/main")[2].lstrip("/")
+            if not file.exists():
+                return self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"}, body)
+            if file.is_file():
+                return self.send(200, file.read_bytes(), {"ETag": '"x"', "X-Repo-Commit": "0" * 40}, body)
+            kinds = {True: "file", False: "directory"}
+            content = [
+                {
+                    "type": kinds[one.is_file()],
+                    "path": str(one.relative_to(self.server.folder)),
+                    "size": one.stat().st_size,
+                    "oid": "0" * 40,
+                }
+                for one in sorted(file.iterdir())
+            ]
+        elif not path.endswith("/datasets/o/n"):
+            return self.send(404, b"{}", {}, body)
+        return self.send(200, json.dumps(content).encode(), {"Content-Type": "application/json"}, body)
+
+    def send(self, status: int, text: bytes, headers: dict[str, str], body: bool) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(text))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(text)
+
+
+@pytest.fixture
+def hub(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    files = pytest.importorskip("huggingface_hub").HfFileSystem
+    monkeypatch.setattr(server, "RequestHandlerClass", HubHandler)
+    monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": server.url, "token": False})
+    files.clear_instance_cache()
+    yield server
+    files.clear_instance_cache()
+
+
+def test_a_store_on_the_hub(hub: Server, store: LabelStore) -> None:
+    opened = LabelStore("hf://datasets/o/n/labels")
+    opened.check_integrity()
+    assert opened.source == "hf://datasets/o/n/labels"
+    assert files_below(opened.path) == files_below(store.path)
+    assert hub.asked["/datasets/o/n/resolve/main/labels/index.bin"] == 1
+    with pytest.raises(StoreError, match=r"hf://datasets/o/n/other: has no manifest.json.*if it is private or gated: hf auth login"):
+        LabelStore("hf://datasets/o/n/other")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_dataset_that_the_hub_hides_is_said_to_need_a_login(hub: Server, status: int) -> None:
+    hub.status["o/n"] = status
+    with pytest.raises(StoreError, match=r"hf://datasets/o/n/labels: .*hf auth login"):
+        LabelStore("hf://datasets/o/n/labels")
+
+
+def test_a_bucket_without_credentials_is_said_to_need_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(StoreError, match=r"s3://bucket/labels: access to manifest.json was refused .*aws configure"):
+        LabelStore("s3://bucket/labels")
