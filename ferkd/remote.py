@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ferkd.durable import sync_folder
 from ferkd.errors import InputError, StoreError, one_line
 from ferkd.manifest import Manifest, Shard, file_sha256, read_manifest
 
@@ -76,6 +77,11 @@ def cache_folder() -> Path:
     if chosen := os.environ.get("FERKD_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ferkd"
+
+
+def is_cached(path: Path) -> bool:
+    """Whether a file or folder is of a store that was fetched."""
+    return path.is_relative_to(cache_folder() / "stores")
 
 
 def fetched(url: str) -> Path:
@@ -250,6 +256,7 @@ def _fetch_one(place: _Place, file: Shard, folder: Path) -> None:
     with open(part, "rb+") as written:
         os.fsync(written.fileno())
     os.replace(part, folder / file.file)
+    sync_folder(part.parent)
 
 
 def _has(folder: Path, file: Shard) -> bool:
@@ -278,6 +285,7 @@ def _put(path: Path, text: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+    sync_folder(path.parent)
 
 
 @contextlib.contextmanager

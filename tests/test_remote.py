@@ -301,8 +301,10 @@ def test_a_copy_damaged_later_is_noticed(server: Server) -> None:
     opened = LabelStore(f"{server.url}/labels")
     shard = min(opened.path.glob("shards/*"))
     shard.write_bytes(b"\0" * shard.stat().st_size)
-    with pytest.raises(StoreError, match="do not have the CRC32"):
+    with pytest.raises(StoreError, match=r"do not have the CRC32.*delete it and start again: it is then fetched anew"):
         LabelStore(f"{server.url}/labels").read(0)
+    shard.unlink()
+    LabelStore(f"{server.url}/labels").check_integrity()
     os.truncate(shard, 10)
     LabelStore(f"{server.url}/labels").check_integrity()
 
@@ -324,6 +326,13 @@ def test_training_on_an_address_is_training_on_the_folder(server: Server, tmp_pa
     one, other = (load_file(tmp_path / name / "last.safetensors") for name in ("a", "b"))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     assert url in (tmp_path / "b/config.json").read_text()
+    (tmp_path / "server/photos").rename(tmp_path / "first")
+    write_store(data, tmp_path / "server/photos", seed=1)
+    with pytest.raises(SystemExit):
+        run("train", *same, "--labels", url, "--out", tmp_path / "b", "--resume")
+    assert "checkpoint.pt: was made with store = " in capsys.readouterr().err, "another store has come to this address"
+    shutil.rmtree(tmp_path / "server/photos")
+    (tmp_path / "first").rename(tmp_path / "server/photos")
     capsys.readouterr()
     run("inspect", url, "--data", data, "--page", tmp_path / "page.html")
     assert f"{url}: 24 images x 12 crops" in capsys.readouterr().out
