@@ -37,12 +37,14 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.machine import processor, seconds_of_others, version
-from ferkd.crops import CropSettings, decode, draw_crops, read_photo, take_crop
-from ferkd.data import CropView, DecodedPhotos, PhotoFiles, StoredCrops, loaded, start_worker, training_loader
-from ferkd.folders import scan_split
+from ferkd.crops import CropSettings, decode, draw_crops, take_crop
+from ferkd.data import CropView, StoredCrops, loaded, start_worker, training_loader
+from ferkd.photos import DecodedPhotos, LabelledPhotos
 from ferkd.process import keep_freed_memory
 from ferkd.records import pack_boxes, pack_labels
 from ferkd.regions import RegionPolicy
+from ferkd.sources import read_photo, scan_split
+from ferkd.sources.folders import FolderPhotos
 from ferkd.store import LabelledImage, LabelStore, StorePlan, StoreWriter
 from ferkd.stream import CropStream, Phase, StreamSampler, Visit
 
@@ -63,7 +65,7 @@ def make_store(data: Path, out: Path) -> LabelStore:
             for start in range(first, last + 1, 64):
                 unit = []
                 for image in range(start, min(start + 64, last + 1)):
-                    photo = read_photo(split.root / split.paths[image])
+                    photo = read_photo(split.photos, split.paths[image])
                     height, width = photo.image.shape[1:]
                     boxes = pack_boxes(*draw_crops(plan.crop_settings, image, np.arange(CROPS), width, height))
                     probs = -np.sort(-rng.dirichlet(np.full(K + 1, 0.3), size=CROPS)[:, :K].astype(np.float32), axis=1)
@@ -112,14 +114,14 @@ def flatten(visits: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 class DecodedOnly(Dataset[int]):
     """Reads and decodes the photograph of a visit, by the function that the loader uses, and does nothing with it."""
 
-    def __init__(self, photos: PhotoFiles) -> None:
+    def __init__(self, photos: LabelledPhotos) -> None:
         self.photos = photos
 
     def __len__(self) -> int:
         return len(self.photos.store)
 
     def __getitem__(self, visit: Visit) -> int:
-        return decode(self.photos.root / self.photos.store.entry(visit.image).path).shape[1]
+        return decode(self.photos.photos.read(self.photos.store.entry(visit.image).path)).shape[1]
 
 
 class Loaders(NamedTuple):
@@ -131,7 +133,7 @@ class Loaders(NamedTuple):
 
     def crops(self, cached: bool = False) -> StoredCrops:
         usable = np.flatnonzero(self.store.scan(RegionPolicy()).usable)
-        files = PhotoFiles(self.root, self.store)
+        files = LabelledPhotos(FolderPhotos(self.root), self.store)
         photos = DecodedPhotos(files, usable, threads=1) if cached else files
         return StoredCrops(photos, self.store, usable, RegionPolicy(), CropView(SIZE), seed=0)
 
@@ -143,7 +145,7 @@ class Loaders(NamedTuple):
         return iter(self._plain(dataset, flatten, workers, steps))
 
     def decoding(self, workers: int = 0, steps: int = ENDLESS) -> Iterator[Any]:
-        return iter(self._plain(DecodedOnly(PhotoFiles(self.root, self.store)), sum, workers, steps))
+        return iter(self._plain(DecodedOnly(LabelledPhotos(FolderPhotos(self.root), self.store)), sum, workers, steps))
 
     def _plain(self, dataset: Dataset[Any], collate: Callable[[Any], Any], workers: int, steps: int) -> DataLoader[Any]:
         sampler = StreamSampler(self.stream, 0, steps)
@@ -349,7 +351,7 @@ def memory(batches: int, workers: int, say: Callable[[str], None]) -> list[float
         for number in range(200):
             PIL.Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(folder / f"{number}.jpg")
         store = make_store(folder.parents[1], Path(name) / "store")
-        crops = StoredCrops(PhotoFiles(folder.parent, store), store, np.arange(200), RegionPolicy(), CropView(32), seed=0)
+        crops = StoredCrops(LabelledPhotos(FolderPhotos(folder.parent), store), store, np.arange(200), RegionPolicy(), CropView(32), seed=0)
         sampler = StreamSampler(CropStream(200, BATCH, [Phase(M, ENDLESS)], 0), 0, batches)
         found = []
         for number, _ in enumerate(loaded(training_loader(crops, sampler, workers, pin_memory=False)), 1):

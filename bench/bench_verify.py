@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from ferkd.crops import decode, take_crop
 from ferkd.labeling import LabelSettings, label
 from ferkd.records import pack_labels
+from ferkd.sources.folders import FolderPhotos
 from ferkd.store import LabelStore
 from ferkd.teacher import LoadedModel, answer_logits, load_teacher
 from ferkd.verify_sample import SampledPhoto, divergence, read_sample
@@ -157,7 +158,7 @@ def main() -> None:
             label(LabelSettings(data, spec, out, options.crops, layout=layout, limit=options.photos, skip_preflight=True))  # type: ignore[arg-type]
             store, loaded = LabelStore(out), load_teacher(spec)
             own = loaded.preprocessing
-            photos = list(read_sample(store, data / "train", options.photos * options.crops, 0, False, [], lambda: None))
+            photos = list(read_sample(store, FolderPhotos(data / "train"), options.photos * options.crops, 0, False, [], lambda: None))
 
             def as_it_was(photo: SampledPhoto) -> Tensor:
                 return photo.cut(224, own.interpolation, True)  # noqa: B023

@@ -110,7 +110,8 @@ def fields(thing: Any) -> list[str]:
     for name in names:
         default = default_of(thing, name)
         about = f": {' '.join(words[name].split())}" if name in words else ""
-        lines.append(f"- `{name}: {getattr(kinds[name], '__forward_arg__', kinds[name])}{default}`{about}")
+        kind = str(getattr(kinds[name], "__forward_arg__", kinds[name])).replace("DataFlag", "str | Path")  # with a word for --help
+        lines.append(f"- `{name}: {kind}{default}`{about}")
     return ["\n".join(lines)]
 
 

@@ -211,16 +211,6 @@ class Photo(NamedTuple):
     crc: int
 
 
-def read_photo(path: str | os.PathLike[str], *, apply_exif: bool = True, name: str | None = None) -> Photo:
-    """Reads a photo's bytes once, and decodes them. `name` is what errors call it (the path).
-
-    Raises InputError as `decode` does.
-    """
-    name = name or os.fspath(path)
-    data = _read(path, name)
-    return Photo(decode(data, apply_exif=apply_exif, name=name), zlib.crc32(data))
-
-
 def photo_crc(data: bytes) -> int:
     """The CRC32 of a photo's bytes, as a store keeps it."""
     return zlib.crc32(data)

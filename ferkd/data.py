@@ -8,11 +8,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from ferkd.crops import CropSettings, Interpolation, center_view, decode, draw_crops, read_photo, take_crop
+from ferkd import process
+from ferkd.crops import CropSettings, Interpolation, center_view, draw_crops, take_crop
 from ferkd.errors import InputError, StoreError
-from ferkd.folders import Split
+from ferkd.photos import DecodedSource, SplitPhotos
+from ferkd.process import LARGER
 from ferkd.regions import Region, RegionPolicy, confidence_of, region_of
+from ferkd.sources import Split
 from ferkd.store import ImageLabels, LabelStore
 from ferkd.stream import StreamSampler, Visit, crop_order
 
@@ -60,111 +60,6 @@ class CropBatch(NamedTuple):
         return CropBatch(self.pixels[rows], words, self.target[rows], teacher_pixels)
 
 
-class PhotoSource(Protocol):
-    """Where decoded photographs come from: the files, or memory."""
-
-    def __call__(self, image: int) -> Tensor:
-        """The photograph as uint8 [3, H, W]."""
-
-
-class PhotoFiles:
-    """Reads and decodes a store's photographs, and refuses one that is not the one that was labelled."""
-
-    def __init__(self, root: Path, store: LabelStore) -> None:
-        self.root, self.store = root, store
-
-    def __call__(self, image: int) -> Tensor:
-        entry = self.store.entry(image)
-        path = self.root / entry.path
-        photo = read_photo(path, apply_exif=self.store.exif_applied)
-        if photo.crc != entry.photo_crc:
-            raise StoreError(
-                f"{path}: not the photograph that was labelled (its bytes changed); restore the file, "
-                "or label the dataset again into a new store"
-            )
-        return photo.image
-
-
-class FolderPhotos:
-    """Reads and decodes the photographs of a split that has no labels."""
-
-    def __init__(self, split: Split) -> None:
-        self.split = split
-
-    def __call__(self, image: int) -> Tensor:
-        return decode(self.split.root / self.split.paths[image])
-
-
-SHARED_MEMORY = "/dev/shm"
-_LARGER = "make /dev/shm larger (docker run --shm-size)"
-
-
-def free_shared_memory() -> int:
-    """Bytes that can still be shared between processes, without a limit where this cannot be told."""
-    try:
-        found = os.statvfs(SHARED_MEMORY)
-    except OSError:
-        return sys.maxsize
-    return found.f_bavail * found.f_frsize
-
-
-class DecodedPhotos:
-    """All photographs decoded once into one shared block of memory, for `--cache decoded`.
-
-    Raises InputError when they would fill more than half of the memory that is free, or more than there is of shared memory. One that
-    cannot be read raises its error when it is asked for.
-    """
-
-    def __init__(self, source: PhotoSource, images: Sequence[int] | np.ndarray, threads: int) -> None:
-        self.errors: dict[int, InputError] = {}
-
-        def decoded(image: int) -> Tensor:
-            try:
-                return source(image)
-            except InputError as error:
-                self.errors[image] = error
-                return torch.empty(3, 0, 0, dtype=torch.uint8)
-
-        free, shared = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), free_shared_memory()
-        self.slot = {int(image): slot for slot, image in enumerate(images)}
-        photos: list[Tensor] = []
-        size = 0
-        with ThreadPoolExecutor(threads) as pool:
-            for photo in pool.map(decoded, (int(image) for image in images)):
-                size += photo.numel()
-                photos.append(photo)
-                if size > free // 2:
-                    raise InputError(
-                        f"cache: {len(photos):,} of {len(images):,} decoded photographs already fill {size / 2**30:.1f} GiB, "
-                        f"more than half of the {free / 2**30:.1f} GiB of free memory; train without --cache decoded"
-                    )
-                if size > shared:
-                    raise InputError(
-                        f"cache: {len(photos):,} of {len(images):,} decoded photographs already fill {size / 2**20:,.0f} MiB, "
-                        f"/dev/shm has {shared / 2**20:,.0f} MiB free; {_LARGER}, or train without --cache decoded"
-                    )
-        self.shapes = [tuple(photo.shape[1:]) for photo in photos]
-        self.ends = np.cumsum([0] + [photo.numel() for photo in photos])
-        self.block = torch.empty(size, dtype=torch.uint8)
-        try:
-            self.block.share_memory_()  # one copy for all loader workers
-        except RuntimeError as error:
-            raise InputError(
-                f"cache: {size / 2**20:,.0f} MiB of decoded photographs do not fit into shared memory; {_LARGER}, "
-                "or train without --cache decoded"
-            ) from error
-        for photo, start, end in zip(photos, self.ends[:-1], self.ends[1:], strict=True):
-            self.block[start:end] = photo.permute(1, 2, 0).reshape(-1)
-
-    def __call__(self, image: int) -> Tensor:
-        if image in self.errors:
-            raise self.errors[image]
-        slot = self.slot[image]
-        height, width = self.shapes[slot]
-        photo: Tensor = self.block[self.ends[slot] : self.ends[slot + 1]].view(height, width, 3)
-        return photo.permute(2, 0, 1)
-
-
 @dataclasses.dataclass(frozen=True)
 class CropView:
     """How a crop becomes the student's input: `size` pixels square, resampled with `interpolation`."""
@@ -193,7 +88,9 @@ REMEMBERED_WALKS = 16_384
 class StoredCrops(Dataset[ImageCrops]):
     """Stored crops of the usable images of a store, indexed by Visit. `usable` maps the stream's images to the store's, int64 [N]."""
 
-    def __init__(self, photos: PhotoSource, store: LabelStore, usable: np.ndarray, policy: RegionPolicy, view: CropView, seed: int) -> None:
+    def __init__(
+        self, photos: DecodedSource, store: LabelStore, usable: np.ndarray, policy: RegionPolicy, view: CropView, seed: int
+    ) -> None:
         self.photos, self.store, self.usable, self.policy, self.view, self.seed = photos, store, usable, policy, view, seed
         self._walks: dict[int, npt.NDArray[np.int32]] = {}
 
@@ -235,7 +132,7 @@ class FreshCrops(Dataset[ImageCrops]):
     """
 
     def __init__(
-        self, photos: PhotoSource, targets: np.ndarray, settings: CropSettings, view: CropView, teacher_view: CropView | None = None
+        self, photos: DecodedSource, targets: np.ndarray, settings: CropSettings, view: CropView, teacher_view: CropView | None = None
     ) -> None:
         self.photos, self.targets, self.settings, self.view = photos, targets, settings, view
         self.teacher_view = None if teacher_view == view else teacher_view
@@ -324,8 +221,8 @@ def _batch_memory(size: int) -> Tensor:
 
 def _full(batch: int) -> str:
     return (
-        f"workers: no room for a batch of {batch / 2**20:,.1f} MiB in shared memory ({free_shared_memory() / 2**20:,.1f} MiB free); "
-        f"{_LARGER}, or take fewer --workers"
+        f"workers: no room for a batch of {batch / 2**20:,.1f} MiB in shared memory ({process.free_shared_memory() / 2**20:,.1f} MiB "
+        f"free); {LARGER}, or take fewer --workers"
     )
 
 
@@ -337,7 +234,7 @@ class CenterViews(Dataset[tuple[Tensor, int, int]]):
     read has the class id UNREADABLE."""
 
     def __init__(self, split: Split, class_of_folder: np.ndarray, size: int, crop_pct: float, interpolation: Interpolation) -> None:
-        self.photos = FolderPhotos(split)
+        self.split, self.photos = split, SplitPhotos(split)
         self.targets = class_of_folder[split.folder_of]
         self.size, self.crop_pct, self.interpolation = size, crop_pct, interpolation
 
@@ -352,8 +249,8 @@ class CenterViews(Dataset[tuple[Tensor, int, int]]):
         return center_view(photo, self.size, self.crop_pct, self.interpolation), int(self.targets[image]), image
 
     def name(self, image: int) -> str:
-        """The photograph's path."""
-        return str(self.photos.split.root / self.photos.split.paths[image])
+        """What people call the photograph."""
+        return self.split.name(image)
 
 
 class _ErrorsAsValues(Dataset[Any]):
@@ -459,14 +356,14 @@ def batches_ahead(workers: int, rows: int, *sizes: int) -> int | None:
         return None
     batch = rows * sum(size * size * 3 for size in sizes)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's, on this machine: each has loaders of its own
-    free = free_shared_memory()
+    free = process.free_shared_memory()
     for ahead in range(MOST_BATCHES_AHEAD, 0, -1):
         needed = processes * (workers * ahead + 2) * batch  # the one in use and the one that follows it, besides
         if needed <= free:
             return ahead
     raise InputError(
         f"workers: the batches of {processes * workers} loader processes need {needed / 2**20:,.0f} MiB of shared memory, "
-        f"and /dev/shm has {free / 2**20:,.0f} MiB free; {_LARGER}, or take fewer --workers (0 needs none)"
+        f"and /dev/shm has {free / 2**20:,.0f} MiB free; {LARGER}, or take fewer --workers (0 needs none)"
     )
 
 
@@ -476,21 +373,3 @@ def start_worker(worker: int) -> None:
     # A scheduler sends SIGTERM to the whole job, a terminal SIGINT. The main process answers, and may still need its loader for that.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def check_same_photos(root: Path, store: LabelStore, samples: int = 16) -> None:
-    """Refuse a folder that is not the one the store's labels were made from, by `samples` photographs spread over it.
-
-    Raises StoreError naming the first photograph that is missing or different. Every photograph is checked again when it is read.
-    """
-    photos = PhotoFiles(root, store)
-    for image in sorted({round(i) for i in np.linspace(0, len(store) - 1, samples)}):
-        entry = store.entry(image)
-        if entry.width == 0:
-            continue  # could not be read when it was labelled
-        if not (root / entry.path).is_file():
-            raise StoreError(
-                f"{store.source}: labelled {entry.path}, which is not in {root}: deleted since, or is this the store of another dataset? "
-                "Restore the photograph, or give the --data folder that was labelled"
-            )
-        photos(image)

@@ -29,6 +29,7 @@ from ferkd.pages.store_page import store_page
 from ferkd.recipes import TrainConfig, small_images
 from ferkd.regions import RegionPolicy
 from ferkd.report import confidence_picture, crops_picture, curves_picture, inspection_table
+from ferkd.sources import DataFlag, labelled_photos
 from ferkd.train import Job, train
 
 TRAIN_IMAGES = 1000
@@ -39,8 +40,8 @@ CANVAS = 48
 class DemoSettings:
     out: Path = Path("demo-run")
     """Folder for the dataset, the store, the runs and the pictures."""
-    data: Path | None = None
-    """Your photographs (train/CLASS/* and val/CLASS/*) instead of the digits; needs --teacher."""
+    data: DataFlag | None = None
+    """Your photographs (train/CLASS/* and val/CLASS/*, wds:DIR or hf:NAME) instead of the digits; needs --teacher."""
     teacher: str | None = None
     """A teacher for your photographs: timm:NAME, torchvision:NAME, run:DIR or python:MODULE:CALLABLE."""
     teacher_weights: Path | None = None
@@ -89,9 +90,9 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     )
 
     if settings.data is None:
-        data = out / "digits"
+        data: str | Path = out / "digits"
         with _step("write the digits", timings):
-            write_digits(data)
+            write_digits(out / "digits")
         with _step("train a teacher on hard labels", timings):
             config = dataclasses.replace(recipe, epochs=recipe.epochs * 1.2, min_scale=0.35)
             teacher_run = train(Job(data, "python:ferkd.demo:small_teacher", out / "teacher", config, say=_say))
@@ -108,8 +109,9 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
         counted = inspect_store(store, settings.policy)
         print(inspection_table(counted), flush=True)
         confidence_picture(counted, out / "confidence.png")
-        crops_picture(store, data / "train", settings.policy, out / "crops.png")
-        write_page(out / "labels.html", store_page(store, counted, data / "train"))
+        photos = labelled_photos(data, store)
+        crops_picture(store, photos, settings.policy, out / "crops.png")
+        write_page(out / "labels.html", store_page(store, counted, photos))
 
     methods: dict[str, tuple[Path | None, TrainConfig]] = {
         "hard labels": (None, recipe),
@@ -127,7 +129,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
             results[method].append(summary["top1"])
             runs.append(run)
     curves_picture(runs, out / "curves.png")
-    write_page(out / "report.html", runs_page(runs, store, data / "train"))
+    write_page(out / "report.html", runs_page(runs, store, photos))
 
     table = comparison(results)
     print("\n" + table)

@@ -21,6 +21,17 @@ class Stopped(Exception):
     """Saved everything and stopped because it was asked to (SIGTERM, Ctrl-C): start the same command again. Exit status 75."""
 
 
+class SourceLost(InputError):
+    """Photographs that were there are no longer: not one of them, but what holds them (`place`: a folder, a disk, a tar file)."""
+
+    def __init__(self, text: str, place: str) -> None:
+        super().__init__(text)
+        self.place = place
+
+    def __reduce__(self) -> tuple[type[SourceLost], tuple[str, str]]:
+        return SourceLost, (str(self), self.place)
+
+
 def one_line(error: BaseException, most: int = 200) -> str:
     """What an error of another library says, on one line of at most `most` characters."""
     text = " ".join(str(error).split()) or type(error).__name__

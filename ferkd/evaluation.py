@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,12 +11,13 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+from ferkd.classes import class_mapping
 from ferkd.data import UNREADABLE, CenterViews, evaluation_loader, loaded
 from ferkd.distributed import Ranks
 from ferkd.errors import InputError
-from ferkd.folders import class_mapping, scan_split
 from ferkd.normalise import Normalise
 from ferkd.preprocessing import Preprocessing
+from ferkd.sources import scan_split
 from ferkd.teacher import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -34,11 +34,11 @@ class Accuracy(NamedTuple):
     unreadable: int = 0
 
 
-def evaluate_model(loaded: LoadedModel, data: Path, batch_size: int = 64, workers: int | None = None) -> Accuracy:
+def evaluate_model(loaded: LoadedModel, data: str | os.PathLike[str], batch_size: int = 64, workers: int | None = None) -> Accuracy:
     """Evaluate a trained run or a teacher on DATA/val. Raises InputError when its classes and the class folders do not fit."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     val = scan_split(data, "val")
-    mapping = class_mapping(val.folders, loaded.class_names, loaded.outputs)
+    mapping = class_mapping(val.folders, loaded.class_names, loaded.outputs, val.numbers)
     folder_classes = np.array([mapping[folder] for folder in val.folders])
     preprocessing = loaded.preprocessing
     views = CenterViews(val, folder_classes, preprocessing.input_size, preprocessing.crop_pct, preprocessing.interpolation)

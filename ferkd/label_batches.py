@@ -16,12 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ferkd.crops import draw_crops, read_photo, take_crop
-from ferkd.errors import InputError
+from ferkd.crops import draw_crops, take_crop
+from ferkd.errors import InputError, SourceLost
 from ferkd.label_plan import AUTOCAST_DTYPE, Job
 from ferkd.like import check_photo
 from ferkd.records import pack_boxes, pack_labels
 from ferkd.shards import LabelledImage
+from ferkd.sources import read_photo
 from ferkd.teacher import answer_logits
 
 PREFETCH_BYTES = 512 << 20  # of crops waiting for the teacher
@@ -40,23 +41,22 @@ class _CutPhoto(NamedTuple):
 
 def _cut_photo(job: Job, image: int) -> _CutPhoto:
     """Reads and decodes photo number `image` once and cuts all of its crops."""
-    path = job.plan.paths[image]
+    path, photos = job.plan.paths[image], job.train.photos
     try:
-        photo, crc = read_photo(job.train.root / path, apply_exif=job.like is None or job.like.exif_applied, name=path)
+        photo, crc = read_photo(photos, path, apply_exif=job.like is None or job.like.exif_applied)
         height, width = photo.shape[1:]
         if job.like is None:
             boxes, flips = draw_crops(job.plan.crop_settings, image, np.arange(job.plan.crops), width, height)
+    except SourceLost as error:  # a disk that went away must not end as a store of failures
+        raise InputError(
+            f"{error.place}: is no longer there as it was; bring it back and start the same command again: what is labelled so far is kept"
+        ) from error
     except InputError as error:
-        folder = (job.train.root / path).parent
-        if not folder.is_dir():  # a disk that went away must not end as a store of failures
-            raise InputError(
-                f"{folder}: is no longer there; bring it back and start the same command again: what is labelled so far is kept"
-            ) from error
-        return _CutPhoto(None, None, 0, 0, 0, str(error).removeprefix(f"{path}: "))
+        return _CutPhoto(None, None, 0, 0, 0, str(error).removeprefix(f"{photos.name(path)}: "))
     if job.like is not None:
         if not job.like.entry(image).width:
             return _CutPhoto(None, None, 0, 0, 0, job.like.manifest.failed.get(path, "has no crops in the other store"))
-        check_photo(job.like, image, crc, job.train.root / path)
+        check_photo(job.like, image, crc, photos.name(path))
         boxes, flips = job.like.read(image).boxes(np.arange(job.plan.crops))
     size, interpolation = job.teacher.preprocessing.input_size, job.teacher.preprocessing.interpolation
     pixels = torch.empty(job.plan.crops, size, size, 3, dtype=torch.uint8)
@@ -212,7 +212,7 @@ def _labelled(job: Job, image: int, photo: _CutPhoto, ids: NDArray[np.int64], pr
     finite = np.isfinite(probs).all(axis=1)
     if not finite.all():
         raise InputError(
-            f"{job.train.root / job.plan.paths[image]}: the teacher answers NaN to its crop {int(finite.argmin())} (counted from 0); "
+            f"{job.train.photos.name(job.plan.paths[image])}: the teacher answers NaN to its crop {int(finite.argmin())} (counted from 0); "
             "are its weights broken, or does it overflow (try --autocast none)? What is labelled so far is kept"
         )
     words = pack_labels(ids, probs, job.plan.label_codec, job.plan.classes)

@@ -15,11 +15,11 @@ from ferkd.crops import DECODER, RESAMPLER, CropSettings
 from ferkd.devices import choose_device, device_name
 from ferkd.errors import InputError
 from ferkd.filling import evenly
-from ferkd.folders import Split, check_same_classes, scan_split
 from ferkd.like import images_of, same_classes
 from ferkd.process import keep_freed_memory
 from ferkd.records import BoxCodec, LabelCodec
 from ferkd.remote import refuse_url
+from ferkd.sources import DataFlag, Split, check_same_classes, source_of
 from ferkd.store import LabelStore, PathTable, StorePlan
 from ferkd.teacher import LoadedModel, TeacherClasses, choose_classes, load_teacher
 
@@ -36,8 +36,10 @@ CPU_BATCH, GPU_BATCH = 32, 256
 class LabelSettings:
     """What to label, with which teacher, into which store. The same settings go on with a store that was begun."""
 
-    data: Path
-    """The dataset: a folder with train/CLASS/*.jpg, and val/CLASS/*.jpg for the preflight."""
+    data: DataFlag
+    """The dataset: a folder with train/CLASS/*.jpg, and val/CLASS/*.jpg for the preflight; or wds:DIR, tar shards as WebDataset has them
+    (DIR/train/*.tar and DIR/val/*.tar, or DIR/*train*.tar and DIR/*val*.tar); or hf:NAME[@REVISION] or hf:DIR, a Hugging Face dataset (its
+    columns and splits: hf:NAME?image=COLUMN&label=COLUMN&train=SPLIT&val=SPLIT&config=NAME)."""
     teacher: str
     """timm:NAME, torchvision:NAME, run:DIR (a student trained by ferkd) or python:MODULE:CALLABLE."""
     out: Path
@@ -122,8 +124,9 @@ def plan_job(settings: LabelSettings, local_rank: int = 0, local_world: int = 1)
     """
     like = None if settings.like is None else LabelStore(settings.like)
     crop_settings = like.crop_settings if like else CropSettings(settings.seed, settings.scale, settings.ratio, settings.flip)
-    train = scan_split(settings.data, "train")
-    val = scan_split(settings.data, "val") if (settings.data / "val").is_dir() else None
+    source = source_of(settings.data)
+    train = source.scan("train")
+    val = source.scan("val") if source.has("val") else None
     if val is not None:
         check_same_classes(train, val)
     device = choose_device(settings.device, local_rank, local_world)
@@ -132,7 +135,7 @@ def plan_job(settings: LabelSettings, local_rank: int = 0, local_world: int = 1)
     if device.type == "cpu":
         keep_freed_memory()
     teacher = load_teacher(settings.teacher, settings.teacher_weights, settings.input_size)
-    classes = choose_classes(settings.classes, train.folders, teacher)
+    classes = choose_classes(settings.classes, train.folders, teacher, train.numbers)
     if like:
         classes = same_classes(like, classes, train.folders)
     topk = min(5, len(classes.names)) if settings.topk is None else settings.topk
@@ -186,4 +189,5 @@ def _provenance(settings: LabelSettings, train: Split, teacher: LoadedModel, dev
         "device": {"type": device.type, "name": device_name(device)},
         "software": {"python": platform.python_version(), "torch": torch.__version__, "ferkd": __version__},
         "dataset_fingerprint": train.fingerprint(),
+        **({"source": source} if (source := train.photos.described()) else {}),
     }

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ferkd.errors import InputError
-from ferkd.folders import Split
+from ferkd.sources import Split, check_same_kind
 from ferkd.store import LabelStore
 from ferkd.teacher import TeacherClasses
 
 
 def images_of(store: LabelStore, train: Split) -> NDArray[np.int64]:
     """The places in `train` of the store's images, in their order [N]. Raises InputError naming one that is not there."""
+    check_same_kind(train.photos, store)
     places = np.empty(len(store), np.int64)
     place, there = 0, len(train)
     for image in range(len(store)):  # both are sorted
@@ -23,9 +23,7 @@ def images_of(store: LabelStore, train: Split) -> NDArray[np.int64]:
         while place < there and train.paths.raw(place) < wanted:
             place += 1
         if place == there or train.paths.raw(place) != wanted:
-            raise InputError(
-                f"{train.root}: lacks {store.paths[image]}, which {store.source} has labels of; give the dataset that was labelled"
-            )
+            raise InputError(f"{train}: lacks {store.paths[image]}, which {store.source} has labels of; give the dataset that was labelled")
         places[image] = place
     return places
 
@@ -48,8 +46,8 @@ def same_classes(store: LabelStore, classes: TeacherClasses, folders: tuple[str,
     return dataclasses.replace(classes, names=store.class_names)
 
 
-def check_photo(store: LabelStore, image: int, crc: int, path: Path) -> None:
+def check_photo(store: LabelStore, image: int, crc: int, name: str) -> None:
     """Raises InputError when a photo that the store has labels of is another file now."""
     entry = store.entry(image)
     if entry.width and entry.photo_crc != crc:
-        raise InputError(f"{path}: is not the photo that {store.source} was made of (its bytes changed); restore it")
+        raise InputError(f"{name}: is not the photo that {store.source} was made of (its bytes changed); restore it")

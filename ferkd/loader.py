@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ferkd.crops import Interpolation
-from ferkd.data import CropBatch, CropView, DecodedPhotos, PhotoFiles, PhotoSource, StoredCrops, check_same_photos, loaded, training_loader
+from ferkd.data import CropBatch, CropView, StoredCrops, loaded, training_loader
 from ferkd.errors import InputError
+from ferkd.photos import DecodedPhotos, DecodedSource, LabelledPhotos, check_same_photos
 from ferkd.records import Records
 from ferkd.regions import RegionPolicy
+from ferkd.sources import labelled_photos
 from ferkd.store import LabelStore
 from ferkd.stream import CropStream, StreamSampler, plan_phases
 
@@ -31,6 +32,8 @@ class CropLoader:
     (FKD's counting); the last `single_crop_epochs` take one crop an image (default: crops_per_image of them, at most a quarter of all).
     `rank` of `world_size` processes gets its share of every step; batch_size counts the crops of all. `workers`: loader processes, default
     one a core but one, at most 8. `cache` keeps every decoded photograph in shared memory.
+
+    `data` is what `--data` takes: a folder, wds:DIR or hf:NAME (docs/sources.md).
 
     Raises InputError for settings that do not fit each other or the store, StoreError for photographs that are not those labelled.
     """
@@ -55,8 +58,8 @@ class CropLoader:
         cache: bool = False,
     ) -> None:
         self.store = labels if isinstance(labels, LabelStore) else LabelStore(labels)
-        root = Path(data) / "train"
-        check_same_photos(root, self.store)
+        encoded = labelled_photos(data, self.store)
+        check_same_photos(encoded, self.store)
         self.usable = np.flatnonzero(self.store.scan(policy).usable)
         cores = os.cpu_count() or 1
         self.workers = min(8, max(0, cores - 1)) if workers is None else workers
@@ -65,7 +68,7 @@ class CropLoader:
         self._stream = CropStream(len(self.usable), batch_size, plan_phases(images, batch_size, epochs, crops_per_image, 0.0, single), seed)
         if not 0 <= first_step <= self._stream.total_steps:
             raise InputError(f"first_step: {first_step} is not one of the {self._stream.total_steps:,} steps of {epochs:g} epochs")
-        photos: PhotoSource = PhotoFiles(root, self.store)
+        photos: DecodedSource = LabelledPhotos(encoded, self.store)
         if cache:
             photos = DecodedPhotos(photos, self.usable, max(1, self.workers))
         self._crops = StoredCrops(photos, self.store, self.usable, policy, CropView(size, interpolation), seed)

@@ -53,6 +53,9 @@ class PathTable:
         np.cumsum([len(name) for name in names], out=offsets[1:])
         return cls(b"".join(names), offsets)
 
+    def __reduce__(self) -> tuple[type[PathTable], tuple[bytes, npt.NDArray[np.uint64]]]:
+        return PathTable, (b"".join(self.chunks()), np.array(self._offsets))
+
     def __len__(self) -> int:
         return self._len
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ferkd.crops import CropSettings
 from ferkd.errors import InputError
-from ferkd.folders import Split
 from ferkd.normalise import Normalise
 from ferkd.preflight import preflight
 from ferkd.recipes import TrainConfig
+from ferkd.sources import Split
 from ferkd.teacher import LoadedModel, TeacherClasses, choose_classes, load_teacher
 
 
@@ -51,7 +51,7 @@ def load_online_teacher(
 ) -> OnlineTeacher:
     """Raises InputError as load_teacher does, for folders that are none of its classes, and for more answers than classes."""
     loaded = load_teacher(spec, weights, input_size)
-    classes = choose_classes(config.teacher_classes, train.folders, loaded)
+    classes = choose_classes(config.teacher_classes, train.folders, loaded, train.numbers)
     topk = min(5, len(classes.names)) if config.topk is None else config.topk
     if topk > len(classes.names):
         raise InputError(f"topk: {topk}, but the teacher has only {len(classes.names):,} classes; choose at most that many")

@@ -20,10 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ferkd.crops import CropSettings, center_view, decode, draw_crops, take_crop
+from ferkd.crops import CropSettings, center_view, draw_crops, take_crop
 from ferkd.errors import CheckFailed, InputError
-from ferkd.folders import Split
+from ferkd.photos import SplitPhotos
 from ferkd.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from ferkd.sources import Split
 from ferkd.teacher import LoadedModel, TeacherClasses, answer_logits
 
 PREFLIGHT_IMAGES = 256
@@ -124,7 +125,7 @@ def preflight(
     """
     run = _Preflight(teacher, classes, device or torch.device("cpu"), batch_size, time.monotonic(), seconds)
     split = val if val is not None else train
-    source = "val" if val is not None else "train images (there is no val folder)"
+    source = "val" if val is not None else "train images (there is no val)"
     size = teacher.preprocessing.input_size
 
     chosen = _spread_over_folders(split, PREFLIGHT_IMAGES)
@@ -214,28 +215,29 @@ class _Preflight:
 
     def views(self, split: Split, images: NDArray[np.int64], size: int) -> tuple[Tensor, NDArray[np.int64]]:
         """Centre views uint8 [n, 3, size, size] of those images that can be read, and which these are."""
-        how = self.teacher.preprocessing
+        how, photos = self.teacher.preprocessing, SplitPhotos(split)
 
         def view(image: int) -> Tensor | None:
             try:
-                return center_view(decode(split.root / split.paths[image]), size, how.crop_pct, how.interpolation)
+                return center_view(photos(image), size, how.crop_pct, how.interpolation)
             except InputError:
                 return None  # labelling lists the photographs that it cannot read
 
         with ThreadPoolExecutor(2) as pool:
             found = [(seen, image) for seen, image in zip(pool.map(view, images.tolist()), images, strict=True) if seen is not None]
         if not found:
-            raise InputError(f"{split.root}: none of {len(images):,} images can be decoded ({split.paths[int(images[0])]}, ...)")
+            raise InputError(f"{split}: none of {len(images):,} images can be decoded ({split.paths[int(images[0])]}, ...)")
         return torch.stack([seen for seen, _ in found]), np.array([image for _, image in found])
 
     def crops(self, split: Split, settings: CropSettings, size: int) -> tuple[Tensor, NDArray[np.int64], NDArray[np.float64]]:
         """About 500 of the crops that would be stored: pixels, the class ids of their folders, and their shares of the photo's area."""
         images = _evenly(len(split), min(len(split), PREFLIGHT_CROPS // 2))
         each = -(-PREFLIGHT_CROPS // len(images))
+        photos = SplitPhotos(split)
 
         def cut(image: int) -> list[tuple[Tensor, int, float]]:
             try:
-                photo = decode(split.root / split.paths[image])
+                photo = photos(image)
             except InputError:
                 return []
             height, width = photo.shape[1:]
@@ -251,7 +253,7 @@ class _Preflight:
         with ThreadPoolExecutor(2) as pool:
             found = [crop for some in pool.map(cut, order.tolist()) for crop in some][:PREFLIGHT_CROPS]
         if not found:
-            raise InputError(f"{split.root}: none of {len(images):,} images can be decoded ({split.paths[int(images[0])]}, ...)")
+            raise InputError(f"{split}: none of {len(images):,} images can be decoded ({split.paths[int(images[0])]}, ...)")
         targets = self.classes.class_of_folder[split.folder_of[[image for _, image, _ in found]]]
         return torch.stack([crop for crop, _, _ in found]), targets, np.array([scale for _, _, scale in found])
 

@@ -1,4 +1,4 @@
-"""This process: the memory it frees, and the signals that ask it to stop."""
+"""This process: the memory it frees and shares, and the signals that ask it to stop."""
 
 from __future__ import annotations
 
@@ -45,3 +45,16 @@ def stop_when_asked() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+SHARED_MEMORY = "/dev/shm"
+LARGER = "make /dev/shm larger (docker run --shm-size)"
+
+
+def free_shared_memory() -> int:
+    """Bytes that can still be shared between processes, without a limit where this cannot be told."""
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return sys.maxsize
+    return found.f_bavail * found.f_frsize

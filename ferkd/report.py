@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from ferkd.crops import take_crop
-from ferkd.data import PhotoFiles
 from ferkd.errors import InputError
 from ferkd.inspection import BANDS, SCALES, Inspection, sample_crops, sample_images
+from ferkd.photos import LabelledPhotos
 from ferkd.regions import Region, RegionPolicy, confidence_of, region_of
+from ferkd.sources import Photos
 from ferkd.store import LabelStore
 
 if TYPE_CHECKING:
@@ -114,17 +115,17 @@ def confidence_picture(inspection: Inspection, path: Path) -> None:
     _save(figure, path)
 
 
-def crops_picture(store: LabelStore, photos: Path, policy: RegionPolicy, path: Path, images: int = 4, crops: int = 6) -> None:
+def crops_picture(store: LabelStore, photos: Photos, policy: RegionPolicy, path: Path, images: int = 4, crops: int = 6) -> None:
     """Photographs with some of their crops drawn on them and cut out beside them, framed in the colour of their region.
 
-    `photos` is the folder the store's paths are relative to. The crops of an image run from its least to its most confident one.
+    The crops of an image run from its least to its most confident one.
     """
     known = sample_images(store, images)
     if not known:
         raise InputError(f"{store.source}: none of its images could be read when it was labelled, so there is nothing to draw")
     from matplotlib.patches import Patch, Rectangle
 
-    source = PhotoFiles(photos, store)
+    source = LabelledPhotos(photos, store)
     figure = _figure(1.5 * (crops + 1.6), 1.85 * len(known))
     grid = figure.subplots(len(known), crops + 1, squeeze=False, width_ratios=[1.6] + [1.0] * crops)
     for row, image in zip(grid, known, strict=True):

@@ -34,7 +34,9 @@ class Built:
 def build(spec: str, num_classes: int | None, pretrained: bool, input_size: int | None, drop_path_rate: float | None) -> Built:
     kind, _, name = spec.partition(":")
     if not name or kind not in ("timm", "torchvision", "python"):
-        raise InputError(f"{spec!r} names no model; write timm:NAME, torchvision:NAME, run:DIR or python:MODULE:CALLABLE")
+        guess = f"run:{spec}" if os.path.exists(spec) else f"timm:{spec}" if spec and ":" not in spec else ""
+        advice = f" (perhaps {guess})" if guess else ""
+        raise InputError(f"{spec!r} names no model; write timm:NAME, torchvision:NAME, run:DIR or python:MODULE:CALLABLE{advice}")
     if kind == "timm":
         return _build_timm(name, num_classes, pretrained, input_size, drop_path_rate)
     if drop_path_rate:
@@ -170,7 +172,7 @@ def _import_library(name: str, spec: str) -> Any:
         if name == "timm":
             importlib.import_module("timm.data")
     except ImportError as error:
-        wanted = "ferkd[timm]" if library == "timm" else library
+        wanted = "'ferkd[timm]'" if library == "timm" else library
         raise InputError(f"{spec}: needs {library}, which is not installed; pip install {wanted}") from error
     return module
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,25 +16,21 @@ from ferkd.crops import CropSettings
 from ferkd.data import (
     CenterViews,
     CropView,
-    DecodedPhotos,
-    FolderPhotos,
     FreshCrops,
     ImageCrops,
-    PhotoFiles,
-    PhotoSource,
     StoredCrops,
-    check_same_photos,
 )
 from ferkd.distributed import Ranks
 from ferkd.errors import InputError
-from ferkd.folders import Split, check_same_classes, scan_split
 from ferkd.online import OnlineTeacher, check_online_teacher, load_online_teacher
+from ferkd.photos import DecodedPhotos, DecodedSource, LabelledPhotos, SplitPhotos, check_same_photos
 from ferkd.preprocessing import Preprocessing
 from ferkd.progress import print_line
 from ferkd.quantiles import quantile_line, quantile_policy
 from ferkd.recipes import TrainConfig
 from ferkd.regions import Region, RegionPolicy
 from ferkd.runs import Resume
+from ferkd.sources import Split, check_same_classes, labelled_photos, scan_split
 from ferkd.store import LabelStore
 
 AMP_DTYPE = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,12 +38,12 @@ AMP_DTYPE = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What to train, on what, and where the results go. `data` holds train/CLASS/* and val/CLASS/*.
+    """What to train, on what, and where the results go. `data` holds train/CLASS/* and val/CLASS/*, or is wds:DIR or hf:NAME.
 
     Labels come from the store `labels`, or from `teacher` (a SPEC) at every step, or from the folders.
     """
 
-    data: Path
+    data: str | os.PathLike[str]
     student: str
     out: Path
     config: TrainConfig
@@ -91,19 +88,20 @@ class Task:
             "images": len(self.usable),
             "store": self.store.manifest_sha256 if self.store else None,
             "teacher": self.teacher.loaded.weights_sha256 if self.teacher else None,
-            "photos": self.train.paths.sha256() if self.train else None,
+            "photos": _identity(self.train) if self.train else None,
         }
 
     def crops(self, job: Job, view: CropView, threads: int) -> Dataset[ImageCrops]:
         """The crops that training sees, by Visit. Raises StoreError for photographs that are not those that were labelled."""
         config = job.config
-        photos: PhotoSource
+        photos: DecodedSource
         if self.store:
-            check_same_photos(job.data / "train", self.store)
-            photos = PhotoFiles(job.data / "train", self.store)
+            encoded = labelled_photos(job.data, self.store)
+            check_same_photos(encoded, self.store)
+            photos = LabelledPhotos(encoded, self.store)
         else:
             assert self.train is not None
-            photos = FolderPhotos(self.train)
+            photos = SplitPhotos(self.train)
         if config.cache == "decoded":
             photos = DecodedPhotos(photos, self.usable, threads)
         if self.store:
@@ -156,8 +154,9 @@ def plan_task(job: Job, ranks: Ranks) -> Task:
     train = scan_split(job.data, "train")
     check_same_classes(train, val)
     if len(train.folders) < 2:
-        raise InputError(f"{train.root}: has only the class folder {train.folders[0]!r}; a classifier needs at least 2")
-    classes, class_of_folder, teacher = train.folders, np.arange(len(train.folders)), None
+        raise InputError(f"{train}: has only the class {train.folders[0]!r}; a classifier needs at least 2")
+    classes, class_of_folder = _in_order(train)
+    teacher = None
     if job.teacher:
         amp = AMP_DTYPE[config.amp]
         teacher = load_online_teacher(job.teacher, job.teacher_weights, job.teacher_input_size, config, train, ranks.device, amp)
@@ -178,18 +177,31 @@ def plan_task(job: Job, ranks: Ranks) -> Task:
     )
 
 
+def _identity(train: Split) -> str:
+    """Names what a split's images are. A folder's paths do; a dataset's rows are only numbered, and are told apart by their sizes."""
+    return train.paths.sha256() if train.photos.kind == "folder" else train.fingerprint()
+
+
+def _in_order(train: Split) -> tuple[tuple[str, ...], np.ndarray]:
+    """The student's classes, and the place of each of the split's among them, int64: in the dataset's own order where it numbers them."""
+    order, numbers = np.arange(len(train.folders)), train.numbers
+    if numbers is not None:
+        order = np.argsort([numbers.of[folder] for folder in train.folders], kind="stable")
+    return tuple(train.folders[i] for i in order), np.argsort(order)
+
+
 def _from_store(job: Job, store: LabelStore, val: Split) -> Task:
     unknown = [folder for folder in val.folders if folder not in store.folders]
     if unknown:
         raise InputError(
-            f"{val.root}: class folders {', '.join(unknown[:5])} are not in the store {store.source}, which was labelled with "
-            f"{', '.join(list(store.folders)[:5])}...; give the --data folder that was labelled"
+            f"{val}: classes {', '.join(unknown[:5])} are not in the store {store.source}, which was labelled with "
+            f"{', '.join(list(store.folders)[:5])}...; give the --data that was labelled"
         )
     missing = [folder for folder in store.folders if folder not in val.folders]
     if missing:
         raise InputError(
-            f"{val.root}: lacks the class folders {', '.join(missing[:5])} of the store {store.source}; "
-            "give val the class folders that were labelled, with the same names"
+            f"{val}: lacks the classes {', '.join(missing[:5])} of the store {store.source}; "
+            "give val the classes that were labelled, with the same names"
         )
     policy = job.config.policy
     if job.config.thresholds == "quantile":

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ferkd.classes import IMAGENET_VARIANTS, ClassNumbers, class_mapping, wordnet_ids
 from ferkd.errors import InputError
-from ferkd.folders import IMAGENET_VARIANTS, class_mapping, wordnet_ids
 from ferkd.preprocessing import Preprocessing
 from ferkd.specs import build, count_outputs
 from ferkd.weights import RUN_WEIGHTS, classes_in, fit_state, read_metadata, read_weights, weights_sha256
@@ -123,6 +123,8 @@ def load_run(path: Path) -> LoadedModel:
         if not found:
             raise InputError(f"{path}: holds neither {' nor '.join(RUN_WEIGHTS)}; give the folder of a finished ferkd train run")
         path = found[0]
+    elif not path.exists():
+        raise InputError(f"{path}: no such run; give the --out folder of ferkd train, or a weights file in it")
     state, metadata = read_weights(path)
     if "ferkd_version" not in metadata:
         raise InputError(f"{path}: was not written by ferkd train (no metadata); name its architecture, timm:NAME, and pass it as weights")
@@ -159,10 +161,13 @@ class TeacherClasses:
         return logits if self.columns is None else logits.index_select(1, self.columns.to(logits.device))
 
 
-def choose_classes(choice: ClassChoice, folders: Sequence[str], teacher: LoadedModel) -> TeacherClasses:
+def choose_classes(
+    choice: ClassChoice, folders: Sequence[str], teacher: LoadedModel, numbers: ClassNumbers | None = None
+) -> TeacherClasses:
     """`teacher`: all of the teacher's outputs; `folder`: only the folders' classes, in the sorted order of the folders, so that the softmax
-    is over these alone. Raises InputError when a folder has no class (see folders.class_mapping)."""
-    mapping = class_mapping(folders, teacher.class_names, teacher.outputs)
+    is over these alone. `numbers`: the dataset's own. Raises InputError when a folder
+    has no class (see class_mapping)."""
+    mapping = class_mapping(folders, teacher.class_names, teacher.outputs, numbers)
     outputs = np.array([mapping[folder] for folder in folders], np.int64)
     if choice == "folder":
         if len(folders) < 2:

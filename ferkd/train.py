@@ -225,9 +225,10 @@ def _student(job: Job, task: Task, ranks: Ranks) -> tuple[nn.Module, Preprocessi
 
 def _run_folder(job: Job, task: Task, stream: CropStream, ranks: Ranks) -> RunFolder:
     identity = {"student": job.student, "steps": stream.total_steps, **task.identity()}
-    paths = {"data": job.data, "labels": job.labels, "init": job.init, "teacher_weights": job.teacher_weights}
+    labels = plainly(job.labels) if job.labels else None
+    paths = {"data": job.data, "labels": labels, "init": job.init, "teacher_weights": job.teacher_weights}
     notes = {"pretrained": job.pretrained, "teacher_spec": job.teacher, "policy": dataclasses.asdict(task.policy),
-             **{name: plainly(path) if path else None for name, path in paths.items()}}  # fmt: skip
+             **{name: str(path) if path else None for name, path in paths.items()}}  # fmt: skip
     return RunFolder(job.out, job.config, identity, notes, job.resume, job.say, world_size=ranks.world, writer=ranks.is_main)
 
 

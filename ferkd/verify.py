@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from ferkd.crops import DECODER, RESAMPLER
 from ferkd.devices import choose_device, device_name, repeatable
 from ferkd.errors import InputError, StoreError
-from ferkd.folders import Split, scan_split
 from ferkd.label_plan import AUTOCAST_DTYPE
 from ferkd.process import keep_freed_memory
 from ferkd.records import pack_labels
 from ferkd.remote import plainly, url_of
+from ferkd.sources import DataFlag, Split, check_same_kind, scan_split
 from ferkd.store import LabelStore
 from ferkd.teacher import LoadedModel, TeacherClasses, choose_classes, load_teacher
 from ferkd.verify_sample import Asking, SampledPhoto, divergence, likely_cause, read_sample
@@ -48,8 +48,8 @@ NAMES_SHOWN = 5
 class VerifySettings:
     store: Annotated[Path, tyro.conf.Positional]
     """The label store."""
-    data: Path | None = None
-    """The dataset that was labelled: the folder with train/CLASS/*.jpg."""
+    data: DataFlag | None = None
+    """The dataset that was labelled, as it was given to ferkd label."""
     teacher: str | None = None
     """The teacher that labelled it: timm:NAME, torchvision:NAME, run:DIR or python:MODULE:CALLABLE."""
     samples: int = 1000
@@ -134,8 +134,11 @@ def verify(settings: VerifySettings) -> Verdict:
     if device.type == "cpu":
         keep_freed_memory()
     split = scan_split(settings.data, "train")
+    check_same_kind(split.photos, store)
     teacher = load_teacher(settings.teacher, settings.teacher_weights, recorded.input_size)
-    classes = choose_classes("folder" if recorded.teacher.get("classes_used") == "folder" else "teacher", sorted(store.folders), teacher)
+    classes = choose_classes(
+        "folder" if recorded.teacher.get("classes_used") == "folder" else "teacher", sorted(store.folders), teacher, split.numbers
+    )
     checks = [*_recorded_checks(recorded, teacher, classes), _dataset_check(store, split, recorded.of("dataset_fingerprint"))]
     if len(classes.names) != store.classes:
         return Verdict(name, tuple(checks), {})  # its answers cannot be compared with the stored ones
@@ -248,7 +251,9 @@ def _sample_checks(
     kept: list[SampledPhoto] = []
 
     def sample() -> Iterator[SampledPhoto]:
-        for photo in read_sample(store, split.root, settings.samples, settings.seed, settings.every_photo, changed, lambda: next(counter)):
+        for photo in read_sample(
+            store, split.photos, settings.samples, settings.seed, settings.every_photo, changed, lambda: next(counter)
+        ):
             if len(kept) < CAUSE_PHOTOS:
                 kept.append(photo)
             yield photo

@@ -6,7 +6,6 @@ import dataclasses
 import io
 import math
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -20,6 +19,7 @@ from ferkd.errors import InputError
 from ferkd.preflight import NORMALISATIONS
 from ferkd.preprocessing import Preprocessing
 from ferkd.records import pack_labels
+from ferkd.sources import Photos
 from ferkd.store import ImageLabels, LabelStore
 from ferkd.teacher import LoadedModel, TeacherClasses, answer_logits
 
@@ -66,7 +66,7 @@ class SampledPhoto:
 
 
 def read_sample(
-    store: LabelStore, root: Path, samples: int, seed: int, every_photo: bool, changed: list[str], read: Callable[[], object]
+    store: LabelStore, photos: Photos, samples: int, seed: int, every_photo: bool, changed: list[str], read: Callable[[], object]
 ) -> Iterator[SampledPhoto]:
     """About `samples` crops, four of each of some photos drawn at random (more of fewer in a small store).
 
@@ -74,18 +74,18 @@ def read_sample(
     as well. `read` is called for each. Raises StoreError for a damaged record.
     """
     random = np.random.default_rng(seed)
-    photos = min(len(store), math.ceil(samples / CROPS_A_PHOTO))
-    chosen = set(random.choice(len(store), photos, replace=False).tolist())
-    each = min(store.crops, math.ceil(samples / photos))
+    count = min(len(store), math.ceil(samples / CROPS_A_PHOTO))
+    chosen = set(random.choice(len(store), count, replace=False).tolist())
+    each = min(store.crops, math.ceil(samples / count))
     for image in range(len(store)) if every_photo else sorted(chosen):
         entry = store.entry(image)
         if entry.width == 0:
             continue
         read()
         try:
-            data = (root / entry.path).read_bytes()
-        except OSError as error:
-            changed.append(f"{entry.path} ({error.strerror})")
+            data = photos.read(entry.path)
+        except InputError as error:
+            changed.append(f"{entry.path} ({str(error).removeprefix(f'{photos.name(entry.path)}: ')})")
             continue
         if photo_crc(data) != entry.photo_crc:
             changed.append(entry.path)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ferkd.errors import InputError, few, one_line
@@ -36,7 +36,9 @@ def save_weights(
     """Writes the model's state as safetensors with what load_run needs in the metadata; whole or not at all.
 
     The tensor names are the plain model's (no `module.` of DDP, no `_orig_mod.` of torch.compile), so that
-    timm.create_model(NAME, checkpoint_path=path) loads it. Raises InputError naming the file when it cannot be written.
+    timm.create_model(NAME, checkpoint_path=path) loads it. The same weights and metadata give the same bytes.
+
+    Raises InputError naming the file when it cannot be written.
     """
     from ferkd import __version__
 
@@ -60,8 +62,9 @@ def save_weights(
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, aside, metadata)
-        with open(aside, "rb+") as file:
+        with open(aside, "wb") as file:
+            file.writelines(_in_order(save(tensors, metadata)))
+            file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
         folder = os.open(path.parent, os.O_RDONLY)
@@ -73,6 +76,16 @@ def save_weights(
         with contextlib.suppress(OSError):
             aside.unlink()
         raise InputError(f"{path}: cannot be written ({error}); free some space or choose another folder") from error
+
+
+def _in_order(content: bytes) -> tuple[bytes, bytes, memoryview]:
+    """The same safetensors file, in pieces, with its metadata sorted: the library writes them in another order every time."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    return len(text).to_bytes(8, "little"), text, memoryview(content)[end:]
 
 
 def weights_sha256(model: nn.Module) -> str:

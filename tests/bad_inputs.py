@@ -25,6 +25,7 @@ import fsspec  # noqa: E402
 import torch  # noqa: E402
 from fkd_files import write_labels  # noqa: E402
 from photos import write_photos, write_store  # noqa: E402
+from sources import write_shards, write_tar  # noqa: E402
 
 from ferkd.cli import main  # noqa: E402
 
@@ -34,6 +35,7 @@ TRAIN = ["train", "--data", "data", "--student", "python:photos:tiny_net", "--ou
 TRAIN += ["--warmup-epochs", "0", "--workers", "0", "--log-every", "2", "--eval-every", "2", "--eval-crop-pct", "1.0"]
 STORED = [*TRAIN, "--labels", "labels"]
 ELSEWHERE = [*TRAIN, "--labels", "memory://labels"]
+TARS, STORED_TARS = ([*command[:2], "wds:shards", *command[3:]] for command in (TRAIN, STORED))
 LABEL = ["label", "--data", "data", "--teacher", "python:photos:colour_teacher", "--out", "store", "--crops", "4", "--topk", "2"]
 Spoil = Callable[[], object]
 
@@ -107,8 +109,17 @@ def elsewhere(spoil: Spoil) -> None:
     files.put(f"{Path('labels').resolve()}/", "/labels/", recursive=True)
 
 
+def tars() -> Path:
+    return write_shards(Path("data"), Path("shards"), shards=1) / "train/000.tar"
+
+
+def tar_of(*names: str) -> Path:
+    return write_tar(tars(), [(name, b"1") for name in names])
+
+
 CASES: list[tuple[str, Spoil, list[str]]] = [
     ("no such folder", lambda: shutil.rmtree("data"), TRAIN),
+    ("the folder train instead of the one above it", lambda: None, [*TRAIN[:2], "data/train", *TRAIN[3:]]),
     ("photographs without class folders", lambda: (shutil.rmtree("data/train"), Path("data/train").mkdir()), TRAIN),
     ("a class folder without an image", lambda: [p.unlink() for p in Path("data/train/red").iterdir()], TRAIN),
     ("a class that val lacks", lambda: shutil.rmtree("data/val/red"), TRAIN),
@@ -118,7 +129,21 @@ CASES: list[tuple[str, Spoil, list[str]]] = [
     ("no image, among good photographs", lambda: Path("data/train/red/0.png").write_bytes(b"<html>"), TRAIN),
     ("cut short, when labelling", lambda: cut("data/train/red/0.png", 0.5), [*LABEL, "--skip-preflight"]),
     ("a decompression bomb in val", bomb, ["eval", "--data", "data", "--teacher", "python:photos:colour_teacher", "--workers", "0"]),
+    ("no tar shards", lambda: Path("shards").mkdir(), TARS),
+    ("compressed shards", lambda: tars().rename("shards/train/000.tar.gz"), TARS),
+    ("shards in two places", lambda: shutil.copy(tars(), "shards/birds-train-0.tar"), TARS),
+    ("a tar cut short", lambda: cut(str(tars()), 0.5), TARS),
+    ("a tar with a damaged header", lambda: flip(str(tar_of("a.png", "a.cls")), 1030), TARS),
+    ("a sample that comes twice in a tar", lambda: tar_of("a.png", "a.cls", "b.png", "b.cls", "a.json"), TARS),
+    ("a tar's path that leads out of it", lambda: tar_of("../a.png", "../a.cls"), TARS),
+    ("samples without a class", lambda: tar_of("a.png", "b.png"), TARS),
+    ("labels of a folder, and photographs in tars", lambda: tars(), STORED_TARS),
+    ("no such dataset of Hugging Face", lambda: None, [*TRAIN[:2], "hf:./birds", *TRAIN[3:]]),
+    ("an option that a dataset has none of", lambda: None, [*TRAIN[:2], "hf:birds?split=train", *TRAIN[3:]]),
     ("a teacher that nobody knows", lambda: None, [*LABEL[:4], "timm:resnet5o", *LABEL[5:]]),
+    ("a teacher without its kind", lambda: None, [*LABEL[:4], "resnet50", *LABEL[5:]]),
+    ("a run as a teacher without its kind", lambda: Path("run").mkdir(), [*LABEL[:4], "run", *LABEL[5:]]),
+    ("a run that is not there", lambda: None, [*LABEL[:4], "run:runs", *LABEL[5:]]),
     ("a teacher's module that does not exist", lambda: None, [*LABEL[:4], "python:nowhere:make", *LABEL[5:]]),
     ("a folder that is no class of the teacher", lambda: [os.rename(f"data/{s}/red", f"data/{s}/rot") for s in ("train", "val")], LABEL),
     ("a teacher with the wrong normalisation", lambda: None, [*LABEL[:4], "python:test_step:wrong_teacher", *LABEL[5:]]),
@@ -151,7 +176,12 @@ CASES: list[tuple[str, Spoil, list[str]]] = [
     ("a folder that is no run", lambda: None, ["report", "data"]),
     ("a page on top of a run's log", trained, ["report", "run", "--out", "run/log.jsonl"]),
     ("an unknown flag", lambda: None, [*TRAIN, "--learning-rate", "1"]),
-    ("an unknown command", lambda: None, ["tran"]),
+    ("a mistyped flag", lambda: None, [*TRAIN, "--epoch", "1"]),
+    ("a flag left out", lambda: None, ["train", "--data", "data"]),
+    ("letters for a number", lambda: None, [*TRAIN, "--lr", "high"]),
+    ("a choice that is none", lambda: None, [*TRAIN, "--mix", "blend"]),
+    ("a mistyped command", lambda: None, ["tran"]),
+    ("an unknown command", lambda: None, ["distil"]),
     ("a store elsewhere that is not there", lambda: None, [*TRAIN, "--labels", "file:///nowhere/labels"]),
     ("a web page where a store should be", lambda: elsewhere(lambda: Path("labels/manifest.json").write_text("<html>")), ELSEWHERE),
     ("a store elsewhere with one flipped bit", lambda: elsewhere(lambda: flip(shard(), 500)), ELSEWHERE),
@@ -176,8 +206,9 @@ def quiet(arguments: list[str]) -> tuple[int, str]:
 def answers() -> list[tuple[str, int, str]]:
     """What each kind of bad input gets: (kind, exit status, the line that says it)."""
     found = []
-    before = Path.cwd()
+    before, cache = Path.cwd(), os.environ.get("XDG_CACHE_HOME")
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
         whole = Path(folder) / "whole"
         write_photos(whole / "data")
         write_store(whole / "data", whole / "labels")
@@ -196,6 +227,8 @@ def answers() -> list[tuple[str, int, str]]:
                 found.append((kind, status, lines[-1].removeprefix(f"ferkd {command[0]}: ").strip()))
         finally:
             os.chdir(before)
+            os.environ.pop("XDG_CACHE_HOME")
+            os.environ.update({} if cache is None else {"XDG_CACHE_HOME": cache})
     return found
 
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from ferkd.crops import CropSettings, draw_crops
-from ferkd.folders import scan_split
 from ferkd.interop.fkd import generator_name
+from ferkd.sources import scan_split
 
 CLASSES, CROPS = 12, 6
 FKD_TYPES = ("hard", "smoothing", "marginal_smoothing_k5", "marginal_smoothing_k10", "marginal_renorm_k5", "dense")
@@ -49,7 +49,7 @@ def write_labels(data: Path, folder: Path, label_type: str, half: bool = False, 
     """FKD's files for all of data/train; returns `folder`, which holds `train`."""
     split = scan_split(data, "train")
     for image, path in enumerate(split.paths):
-        with Image.open(split.root / path) as photo:
+        with Image.open(split.photos.root / path) as photo:
             size = photo.size
         boxes, flips = draw_crops(CropSettings(3), image, np.arange(CROPS), *size)
         write_fkd(folder / generator_name(path), boxes, flips, fkd_labels(distributions(image, classes), label_type), size, half)

@@ -22,7 +22,7 @@ def with_imagenets_normalisation() -> tuple[nn.Module, dict]:
 
 def with_permuted_classes() -> tuple[nn.Module, dict]:
     """ImageNet's list of classes, in another order than the weights'."""
-    from ferkd.folders import wordnet_ids
+    from ferkd.classes import wordnet_ids
 
     ids = wordnet_ids(1000)
     return make()[0], {**LITE0, "classes": ids[500:] + ids[:500]}

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ferkd.crops import CropSettings, draw_crops, read_photo
-from ferkd.folders import scan_split
+from ferkd.crops import CropSettings, draw_crops
 from ferkd.records import BoxCodec, LabelCodec, pack_boxes, pack_labels
+from ferkd.sources import read_photo, scan_split
 from ferkd.store import LabelledImage, LabelStore, StorePlan, StoreWriter
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
@@ -66,7 +66,7 @@ def write_store(
                 if image == unreadable:
                     images.append(LabelledImage(0, 0, 0, None, None, "made up to be unreadable"))
                     continue
-                photo = read_photo(split.root / split.paths[image])
+                photo = read_photo(split.photos, split.paths[image])
                 height, width = photo.image.shape[1:]
                 boxes = None if compact else pack_boxes(*draw_crops(settings, image, np.arange(crops), width, height))
                 labels = pack_labels(*answers(crops, len(classes), k, random), codecs[1], len(classes))

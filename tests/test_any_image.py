@@ -18,12 +18,13 @@ from photos import write_photos
 from safetensors.torch import load_file
 
 from ferkd.crops import CropSettings, decode, draw_crops, take_crop
-from ferkd.data import CropView, FolderPhotos, FreshCrops
+from ferkd.data import CropView, FreshCrops
 from ferkd.errors import InputError
 from ferkd.evaluation import evaluate_model
-from ferkd.folders import scan_split
 from ferkd.labeling import LabelSettings, label
+from ferkd.photos import SplitPhotos
 from ferkd.recipes import TrainConfig
+from ferkd.sources import scan_split
 from ferkd.stream import Visit
 from ferkd.task import Job
 from ferkd.teacher import load_run, load_teacher
@@ -168,7 +169,7 @@ def test_a_folder_in_which_nothing_can_be_read_is_refused(tmp_path: Path) -> Non
 def test_a_fresh_crop_says_whose_place_it_takes(spoilt: Path) -> None:
     split = scan_split(spoilt, "train")
     first_bad = next(i for i in range(len(split)) if "bad" in split.paths[i])
-    crops = FreshCrops(FolderPhotos(split), split.folder_of, CropSettings(), CropView(16))
+    crops = FreshCrops(SplitPhotos(split), split.folder_of, CropSettings(), CropView(16))
     shown = crops[Visit(first_bad, 0, 2)]
     good = crops[Visit(first_bad + len(BAD), 0, 2)]
     assert len(shown.unreadable) == len(BAD)

@@ -18,8 +18,8 @@ from small_stores import files_of
 from ferkd.cli import main
 from ferkd.crops import CropSettings, draw_crops
 from ferkd.errors import InputError, StoreError
-from ferkd.folders import scan_split
 from ferkd.interop.fkd import FkdSettings, convert_fkd, generator_name, trainer_name
+from ferkd.sources import scan_split
 
 NAMES = [*COLOURS, *(f"other {i}" for i in range(CLASSES - 3))]
 
@@ -103,7 +103,7 @@ def test_boxes_on_large_photos_are_those_that_fkds_script_cuts(names: Path, tmp_
     source = tmp_path / "fkd"
     split, told = scan_split(data, "train"), []
     for image, path in enumerate(split.paths):
-        with Image.open(split.root / path) as photo:
+        with Image.open(split.photos.root / path) as photo:
             size = photo.size
         boxes, flips = draw_crops(CropSettings(3, ratio=(1 / 4, 4)), image, np.arange(400), *size)
         boxes[:6] = [(0, 0, *size), (size[0] - 1, size[1] - 1, 1, 1), (0, 0, 1, 1), (1, 1, size[0] - 1, size[1] - 1), boxes[6], boxes[7]]

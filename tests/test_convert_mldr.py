@@ -15,8 +15,8 @@ from PIL import Image
 from ferkd.cli import main
 from ferkd.crops import CropSettings, draw_crops
 from ferkd.errors import InputError
-from ferkd.folders import scan_split
 from ferkd.interop.mldr import MlDrSettings, convert_mldr, numbers_in_imagefolder
+from ferkd.sources import scan_split
 from ferkd.store import LabelStore
 
 CLASSES, CROPS, K = 3, 5, 2
@@ -41,7 +41,7 @@ def write_mldr(data: Path, folder: Path, compress: bool = True, flip: bool = Tru
     }  # fmt: skip
     torch.save(config, folder / "config.pth.tar")
     for image, path in enumerate(split.paths):
-        with Image.open(split.root / path) as photo:
+        with Image.open(split.photos.root / path) as photo:
             boxes, flips = draw_crops(CropSettings(5), image, np.arange(CROPS), *photo.size)
         ids, probs = answers(image)
         samples = []
@@ -105,7 +105,7 @@ def test_images_are_numbered_as_torchvision_numbers_them(tmp_path: Path) -> None
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(file)
     split = scan_split(tmp_path / "data", "train")
-    theirs = [os.path.relpath(path, split.root) for path, _ in datasets.ImageFolder(split.root).samples]
+    theirs = [os.path.relpath(path, split.photos.root) for path, _ in datasets.ImageFolder(split.photos.root).samples]
     ours = numbers_in_imagefolder(split)
     assert [split.paths[int(image)] for image in np.argsort(ours)] == theirs
     assert theirs != list(split.paths)

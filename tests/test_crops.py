@@ -23,12 +23,13 @@ from ferkd.crops import (
     isqrt,
     philox,
     photo_crc,
-    read_photo,
     take_crop,
     unpacked_quickly,
 )
 from ferkd.errors import InputError
 from ferkd.records import unpack_boxes
+from ferkd.sources import read_photo
+from ferkd.sources.folders import FolderPhotos
 
 
 def draw_by_the_page(crops, image, number, width, height):
@@ -292,7 +293,7 @@ def test_exif_orientation_is_applied_unless_told_not_to():
 def test_one_read_gives_pixels_and_checksum(tmp_path):
     data = encoded(photograph())
     (tmp_path / "a.png").write_bytes(data)
-    photo = read_photo(tmp_path / "a.png")
+    photo = read_photo(FolderPhotos(tmp_path), "a.png")
     assert photo.crc == photo_crc(data) == zlib.crc32(data)
     assert torch.equal(photo.image, decode(tmp_path / "a.png"))
 
@@ -321,7 +322,7 @@ def test_a_photo_that_cannot_be_decoded_is_named(tmp_path, data, says):
 
 def test_a_missing_photo_is_named(tmp_path):
     with pytest.raises(InputError, match=r"none\.png: cannot be read: No such file"):
-        read_photo(tmp_path / "none.png")
+        read_photo(FolderPhotos(tmp_path), "none.png")
 
 
 def test_a_photo_with_a_side_too_long_is_refused_by_name():

@@ -13,19 +13,16 @@ from photos import write_photos, write_store
 from PIL import Image
 from torch.utils.data import Dataset
 
-import ferkd.data
+import ferkd.photos
+import ferkd.process
 from ferkd.crops import CropSettings, decode, draw_crops, take_crop
 from ferkd.data import (
     UNREADABLE,
     CenterViews,
     CropView,
-    DecodedPhotos,
-    FolderPhotos,
     FreshCrops,
-    PhotoFiles,
     StoredCrops,
     batches_ahead,
-    check_same_photos,
     evaluation_loader,
     gather,
     loaded,
@@ -33,8 +30,10 @@ from ferkd.data import (
     training_loader,
 )
 from ferkd.errors import InputError, StoreError
-from ferkd.folders import scan_split
+from ferkd.photos import DecodedPhotos, LabelledPhotos, SplitPhotos, check_same_photos
 from ferkd.regions import Region, RegionPolicy, confidence_of, region_of
+from ferkd.sources import scan_split
+from ferkd.sources.folders import FolderPhotos
 from ferkd.store import LabelStore
 from ferkd.stream import CropStream, Phase, StreamSampler, Visit
 
@@ -53,7 +52,7 @@ def store(photos: Path, tmp_path: Path) -> LabelStore:
 
 def stored(photos: Path, store: LabelStore, policy: RegionPolicy = RegionPolicy()) -> StoredCrops:
     usable = np.flatnonzero(store.scan(policy).usable)
-    return StoredCrops(PhotoFiles(photos / "train", store), store, usable, policy, VIEW, seed=0)
+    return StoredCrops(LabelledPhotos(FolderPhotos(photos / "train"), store), store, usable, policy, VIEW, seed=0)
 
 
 def test_a_visit_brings_the_boxes_and_words_that_were_stored(photos: Path, store: LabelStore) -> None:
@@ -165,7 +164,7 @@ def test_pixels_lie_as_they_were_decoded(photos: Path, store: LabelStore, worker
 
 
 def test_decoded_photos_are_the_files_photos(photos: Path, store: LabelStore) -> None:
-    files = PhotoFiles(photos / "train", store)
+    files = LabelledPhotos(FolderPhotos(photos / "train"), store)
     cached = DecodedPhotos(files, range(len(store)), threads=2)
     assert all(torch.equal(cached(image), files(image)) for image in range(len(store)))
 
@@ -173,8 +172,8 @@ def test_decoded_photos_are_the_files_photos(photos: Path, store: LabelStore) ->
 def test_fresh_crops_follow_the_keyed_draw(photos: Path) -> None:
     split = scan_split(photos, "train")
     settings = CropSettings(seed=9, scale=(0.3, 1.0))
-    item = FreshCrops(FolderPhotos(split), split.folder_of, settings, VIEW)[Visit(5, 40, 3)]
-    photo = decode(split.root / split.paths[5])
+    item = FreshCrops(SplitPhotos(split), split.folder_of, settings, VIEW)[Visit(5, 40, 3)]
+    photo = decode(split.photos.root / split.paths[5])
     boxes, flips = draw_crops(settings, 5, np.arange(40, 43), photo.shape[2], photo.shape[1])
     expected = torch.stack([take_crop(photo, box, flip, 16, "bilinear") for box, flip in zip(boxes, flips, strict=True)])
     assert torch.equal(item.pixels, expected)
@@ -190,18 +189,18 @@ def test_a_changed_photo_is_refused_by_name(photos: Path, store: LabelStore) -> 
 
 
 def test_another_dataset_is_refused_before_training(photos: Path, store: LabelStore, tmp_path: Path) -> None:
-    check_same_photos(photos / "train", store)
+    check_same_photos(FolderPhotos(photos / "train"), store)
     other = write_photos(tmp_path / "other", seed=1)
     with pytest.raises(StoreError, match="not the photograph that was labelled"):
-        check_same_photos(other / "train", store)
+        check_same_photos(FolderPhotos(other / "train"), store)
     with pytest.raises(StoreError, match="is this the store of another dataset"):
-        check_same_photos(tmp_path, store)
+        check_same_photos(FolderPhotos(tmp_path), store)
 
 
 def test_the_cache_refuses_what_does_not_fit(photos: Path, store: LabelStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ferkd.data.os, "sysconf", lambda name: {"SC_AVPHYS_PAGES": 2, "SC_PAGE_SIZE": 4096}[name])
+    monkeypatch.setattr(ferkd.photos.os, "sysconf", lambda name: {"SC_AVPHYS_PAGES": 2, "SC_PAGE_SIZE": 4096}[name])
     with pytest.raises(InputError, match="train without --cache decoded"):
-        DecodedPhotos(PhotoFiles(photos / "train", store), range(len(store)), 1)
+        DecodedPhotos(LabelledPhotos(FolderPhotos(photos / "train"), store), range(len(store)), 1)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -257,7 +256,7 @@ def test_a_cache_that_shared_memory_cannot_hold_is_refused(photos: Path, store: 
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     with pytest.raises(InputError, match="do not fit into shared memory; make /dev/shm larger"):
-        DecodedPhotos(PhotoFiles(photos / "train", store), range(len(store)), 1)
+        DecodedPhotos(LabelledPhotos(FolderPhotos(photos / "train"), store), range(len(store)), 1)
 
 
 def test_datasets_pickle_for_spawned_workers(photos: Path, store: LabelStore) -> None:
@@ -275,7 +274,7 @@ def test_a_deleted_photo_is_one_line(photos: Path, store: LabelStore) -> None:
 
 
 def shared_memory(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(ferkd.data, "free_shared_memory", lambda: size)
+    monkeypatch.setattr(ferkd.process, "free_shared_memory", lambda: size)
 
 
 def test_loaders_run_no_further_ahead_than_shared_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +303,7 @@ def test_a_shared_memory_too_small_is_refused_before_the_first_batch(
     with pytest.raises(InputError, match="make /dev/shm larger"):
         evaluation_loader(CenterViews(scan_split(photos, "val"), np.arange(3), 16, 1.0, "bilinear"), 16, 1)
     with pytest.raises(InputError, match=r"^cache: \d+ of 24 [^\n]*/dev/shm has 0 MiB free; make /dev/shm larger"):
-        DecodedPhotos(PhotoFiles(photos / "train", store), range(len(store)), 1)
+        DecodedPhotos(LabelledPhotos(FolderPhotos(photos / "train"), store), range(len(store)), 1)
 
 
 @pytest.mark.parametrize("training", [True, False])

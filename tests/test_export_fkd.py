@@ -181,7 +181,7 @@ def test_photos_that_fkd_would_not_turn_are_left_out(tmp_path: Path) -> None:
     exported = export_fkd(ExportSettings(store.path, tmp_path / "out", data=data), told.append)
     assert exported.left_out["red/0.png"] == "has EXIF orientation 6, and FKD's script does not turn photos"
     assert exported.left_out["blue/1.png"].startswith("has 10 x 10 pixels, and had ")
-    assert exported.left_out["green/0.png"] == "cannot be read (FileNotFoundError)"
+    assert exported.left_out["green/0.png"] == "cannot be read: No such file or directory"
     assert not (tmp_path / "out/train/red/0.tar").exists()  # that the first export wrote
     assert not any("EXIF" in line for line in told)
 

@@ -1,4 +1,4 @@
-"""A folder of photographs as arrays, and what each folder means to a teacher."""
+"""A folder of photographs as arrays, and what each class of a dataset means to a teacher."""
 
 import logging
 import os
@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ferkd.classes import ClassNumbers, class_mapping
 from ferkd.errors import InputError
-from ferkd.folders import Split, check_same_classes, class_mapping, scan_split
+from ferkd.sources import check_same_classes, scan_split
 
 
 def touch(root: Path, *paths: str) -> Path:
@@ -27,7 +28,7 @@ def test_images_are_listed_sorted_with_their_class(tmp_path):
     assert split.folders == ("cat", "cat b", "dog")
     assert split.folder_of.dtype == np.int32
     assert [split.folders[f] for f in split.folder_of] == ["cat b", "cat", "cat", "dog"]
-    assert split.root == tmp_path / "train"
+    assert split.photos.root == tmp_path / "train"
 
 
 def test_symbolic_links_are_followed_and_cycles_refused(tmp_path):
@@ -103,7 +104,7 @@ def test_the_fingerprint_notices_what_changes(tmp_path):
     gone = scan_split(tmp_path, "train")
     (tmp_path / "train/dog/c.jpg").unlink()
     with pytest.raises(InputError, match=r"c\.jpg: cannot be read"):
-        Split(gone.root, gone.paths, gone.folders, gone.folder_of).fingerprint()
+        gone.fingerprint()
 
 
 def test_folders_named_like_the_teachers_classes():
@@ -126,7 +127,7 @@ def test_a_wordnet_id_of_nine_digits_is_none():
 
 
 def test_imagenet_21k_has_its_own_order():
-    from ferkd.folders import wordnet_ids
+    from ferkd.classes import wordnet_ids
 
     ids = wordnet_ids(21841)
     assert len(ids) == 21841
@@ -142,6 +143,45 @@ def test_a_nameless_teacher_takes_the_sorted_folders_and_says_so(caplog):
 def test_a_named_teacher_never_falls_back_on_the_order():
     with pytest.raises(InputError, match=r"\(2 of 2\): 'b', 'a'.*it knows 'x', 'y'"):
         class_mapping(["b", "a"], ["x", "y"], 2)
+
+
+def bare(count: int) -> ClassNumbers:
+    return ClassNumbers({str(i): i for i in range(count)}, count, bare=True)
+
+
+def test_numbers_of_as_many_classes_are_the_teacher_s(caplog):
+    """Not the sorted order of the numbers as texts, in which 10 comes before 2; and whatever the teacher calls its classes."""
+    numbers = bare(12)
+    expected = {str(i): i for i in range(12)}
+    with caplog.at_level(logging.WARNING):
+        assert class_mapping(sorted(numbers.of), None, 12, numbers) == expected
+        assert class_mapping(sorted(numbers.of), [f"name {i}" for i in range(12)], 12, numbers) == expected
+    assert caplog.text.count("The dataset numbers its 12 classes: taking them to be the teacher's, by number") == 2
+    assert class_mapping(["0", "2", "10"], ["10", "2", "0"], 3, ClassNumbers({"0": 0, "2": 2, "10": 10}, 11, bare=True)) == {
+        "10": 0, "2": 1, "0": 2,
+    }  # fmt: skip
+
+
+def test_named_and_numbered_classes_go_by_name_first():
+    """As a ClassLabel has both. A few of ImageNet's classes, numbered among all 1000; WordNet ids, in an order of their own."""
+    english = ClassNumbers({"goldfish": 1, "tench": 0}, 1000, bare=False)
+    assert class_mapping(["goldfish", "tench"], None, 1000, english) == {"goldfish": 1, "tench": 0}
+    assert class_mapping(["b", "a"], ["a", "b"], 2, ClassNumbers({"b": 0, "a": 1}, 2, bare=False)) == {"b": 1, "a": 0}
+    wordnet = ClassNumbers({"n02102040": 0, "n01440764": 1}, 2, bare=False)
+    assert class_mapping(["n02102040", "n01440764"], None, 1000, wordnet) == {"n02102040": 217, "n01440764": 0}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "classes", "outputs"),
+    [
+        (bare(10), None, 1000),  # of what the teacher knows, nobody says which ten
+        (ClassNumbers({"0": 0, "7": 7}, 8, bare=True), None, 2),  # two folders, two outputs: but 7 is not the second of two
+        (ClassNumbers({"x": 0, "y": 1}, 2, bare=False), ["a", "b"], 2),  # both have names, and they disagree
+    ],
+)
+def test_numbers_of_other_classes_are_refused(numbers, classes, outputs):
+    with pytest.raises(InputError, match=rf"without a class of the teacher .* The dataset numbers {numbers.count} classes"):
+        class_mapping(sorted(numbers.of), classes, outputs, numbers)
 
 
 @pytest.mark.parametrize(
@@ -161,5 +201,5 @@ def test_folders_without_a_class_are_listed(folders, classes, outputs, message):
 
 def test_without_timm_imagenet_names_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "timm.data", None)
-    with pytest.raises(InputError, match=r"pip install ferkd\[timm\]"):
+    with pytest.raises(InputError, match=r"pip install 'ferkd\[timm\]'"):
         class_mapping(["n01440764"], None, 1000)

@@ -15,9 +15,11 @@ from PIL import Image
 from tiny_teachers import GREYS
 
 from ferkd import label_batches, labeling, store_writing
-from ferkd.crops import read_photo, take_crop
+from ferkd.crops import take_crop
 from ferkd.errors import CheckFailed, InputError, Stopped, StoreError
 from ferkd.labeling import LabelSettings, label, plan_job
+from ferkd.sources import read_photo
+from ferkd.sources.folders import FolderPhotos
 from ferkd.store import LabelStore, StoreWriter
 from ferkd.teacher import load_teacher
 
@@ -75,7 +77,7 @@ def test_a_label_is_what_the_teacher_says_of_the_stored_crop(settings, layout):
     assert (len(stored), stored.crops, stored.k, stored.classes) == (176, 7, 3, 8)
     for image in (0, 63, 64, 100, 175):
         labels = stored.read(image)
-        photo = read_photo(settings.data / "train" / labels.path)
+        photo = read_photo(FolderPhotos(settings.data / "train"), labels.path)
         assert labels.photo_crc == photo.crc
         assert (labels.height, labels.width) == photo.image.shape[1:]
         assert stored.class_names[labels.target] == labels.path.split("/")[0]
@@ -112,7 +114,7 @@ def test_a_limit_is_spread_over_the_sorted_list(settings):
 
 def test_every_photo_is_decoded_once(settings, monkeypatch):
     read = []
-    monkeypatch.setattr(label_batches, "read_photo", lambda path, *, name, **how: read.append(name) or read_photo(path, name=name, **how))
+    monkeypatch.setattr(label_batches, "read_photo", lambda photos, path, **how: read.append(path) or read_photo(photos, path, **how))
     label(settings)
     assert len(read) == len(set(read)) == 176
 
@@ -462,14 +464,14 @@ def test_photographs_that_go_away_meanwhile_are_no_failed_ones(settings, monkeyp
     read, gone = label_batches.read_photo, settings.data.with_name("gone")
     unplugged = []
 
-    def unplug(path, **options):
+    def unplug(photos, path, **options):
         if not unplugged:  # once: a thread that reads ahead may still be about when the folder is back
             unplugged.append(path)
             settings.data.rename(gone)
-        return read(path, **options)
+        return read(photos, path, **options)
 
     monkeypatch.setattr(label_batches, "read_photo", unplug)
-    with pytest.raises(InputError, match="is no longer there; bring it back and start the same command again"):
+    with pytest.raises(InputError, match="is no longer there as it was; bring it back and start the same command again"):
         label(settings)
     monkeypatch.undo()
     gone.rename(settings.data)

@@ -15,12 +15,13 @@ from PIL import Image
 from small_stores import files_of, make_store, small_plan
 
 from ferkd.cli import main
-from ferkd.crops import CropSettings, draw_crops, read_photo, take_crop
+from ferkd.crops import CropSettings, draw_crops, take_crop
 from ferkd.errors import InputError, StoreError
-from ferkd.folders import scan_split
 from ferkd.interop.fkd import FkdSettings, convert_fkd, generator_name
 from ferkd.labeling import LabelSettings, label
 from ferkd.merge import MergeSettings, average, merge
+from ferkd.sources import read_photo, scan_split
+from ferkd.sources.folders import FolderPhotos
 from ferkd.store import LabelStore, PathTable
 from ferkd.teacher import load_teacher
 
@@ -204,7 +205,7 @@ def agrees_with_teacher(store: LabelStore, data: Path, image: int) -> bool:
     """Whether the labels are the teacher's answers for exactly the stored boxes."""
     teacher = load_teacher(TEACHER)
     labels = store.read(image)
-    photo, _ = read_photo(data / "train" / labels.path, apply_exif=store.exif_applied)
+    photo, _ = read_photo(FolderPhotos(data / "train"), labels.path, apply_exif=store.exif_applied)
     for box, flip, ids in zip(*labels.boxes(np.arange(store.crops)), store.unpack(labels.label_words)[0], strict=True):
         pixels = take_crop(photo, box, flip, 16, "bilinear")
         if int(teacher.model(pixels[None] / 255).argmax()) != ids[0]:
@@ -235,7 +236,7 @@ def test_converted_crops_are_labelled_as_their_makers_saw_them(tmp_path: Path) -
     Image.fromarray(pixels).save(data / "train/red/0.png", exif=exif)
     split = scan_split(data, "train")
     for image, path in enumerate(split.paths):
-        size = Image.open(split.root / path).size
+        size = Image.open(split.photos.root / path).size
         boxes, flips = draw_crops(CropSettings(9), image, np.arange(8), *size)
         write_fkd(tmp_path / "fkd" / generator_name(path), boxes, flips, fkd_labels(np.full((8, 3), 1 / 3), "hard"), size)
     first = convert_fkd(FkdSettings(tmp_path / "fkd", tmp_path / "first", data), lambda _: None)

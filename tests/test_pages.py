@@ -26,6 +26,7 @@ from ferkd.pages.runs_page import alike, distinct_names, duration, runs_page
 from ferkd.pages.store_page import store_page
 from ferkd.recipes import TrainConfig
 from ferkd.regions import RegionPolicy
+from ferkd.sources.folders import FolderPhotos
 from ferkd.store import LabelStore
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>&\"é\u2028"
@@ -100,7 +101,7 @@ def check_stands_alone(text: str) -> Reader:
 
 def test_the_page_of_a_store_stands_alone_and_says_what_the_table_says(photos: Path, store: LabelStore) -> None:
     inspection = inspect_store(store, RegionPolicy(0.4, 0.6))
-    found = check_stands_alone(store_page(store, inspection, photos / "train"))
+    found = check_stands_alone(store_page(store, inspection, FolderPhotos(photos / "train")))
     assert found.row("discarded")[1:3] == [f"{inspection.regions[0]:,}", f"{inspection.regions[0] / 276:.1%}"]
     assert sum(found.figures["counts"]["target"]["crops"]) == 276
     assert found.figures["counts"]["max"]["images"][-1] + sum(found.figures["counts"]["max"]["images"][:-1]) == 23
@@ -112,13 +113,13 @@ def test_the_page_of_a_store_stands_alone_and_says_what_the_table_says(photos: P
 
 
 def test_a_page_is_a_function_of_its_store(photos: Path, store: LabelStore) -> None:
-    pages = {store_page(store, inspect_store(store, RegionPolicy()), photos / "train") for _ in range(2)}
+    pages = {store_page(store, inspect_store(store, RegionPolicy()), FolderPhotos(photos / "train")) for _ in range(2)}
     assert len(pages) == 1
 
 
 def test_hostile_class_and_folder_names_stay_text(photos: Path, tmp_path: Path) -> None:
     store = write_store(photos, tmp_path / "<b>&'x", classes=("blue", "green", "red", HOSTILE, "<i>"), k=5)
-    found = check_stands_alone(store_page(store, inspect_store(store, RegionPolicy()), photos / "train"))
+    found = check_stands_alone(store_page(store, inspect_store(store, RegionPolicy()), FolderPhotos(photos / "train")))
     assert HOSTILE in {crop["answer"] for photo in found.figures["photos"] for crop in photo["crops"]}
     assert "<h1>Labels of &lt;b&gt;&amp;&#x27;x</h1>" in store_page(store, inspect_store(store, RegionPolicy()))
 
@@ -310,7 +311,7 @@ def test_photographs_in_the_colours_of_a_runs_policy(tmp_path: Path, photos: Pat
         tmp_path / "ferkd", store=store.manifest_sha256, config=TrainConfig(policy=RegionPolicy(0.4, 0.6, confidence="target"))
     )
     other = write_run(tmp_path / "other", store="x")
-    figures = check_stands_alone(runs_page([fkd, ferkd, other], store, photos / "train")).figures
+    figures = check_stands_alone(runs_page([fkd, ferkd, other], store, FolderPhotos(photos / "train"))).figures
     assert [policy["name"] for policy in figures["policies"]] == ["ferkd", "fkd"]
     assert figures["policies"][0]["discard_below"] == 0.4
     truth = [crop["target"] for crop in figures["photos"][0]["crops"]]

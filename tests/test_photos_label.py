@@ -8,9 +8,9 @@ import pytest
 
 from ferkd.crops import CropSettings
 from ferkd.errors import CheckFailed
-from ferkd.folders import scan_split
 from ferkd.labeling import LabelSettings, label
 from ferkd.preflight import preflight
+from ferkd.sources import scan_split
 from ferkd.teacher import choose_classes, load_teacher
 
 IMAGENETTE = Path(os.environ.get("FERKD_TEST_DATA", "/nonexistent")) / "imagenette-mini-224"

@@ -10,8 +10,8 @@ from tiny_teachers import GREYS
 
 from ferkd.crops import CropSettings
 from ferkd.errors import CheckFailed, InputError
-from ferkd.folders import scan_split
 from ferkd.preflight import SCALE_BANDS, PreflightReport, preflight
+from ferkd.sources import scan_split
 from ferkd.teacher import choose_classes, load_teacher
 
 
@@ -52,7 +52,7 @@ def test_a_good_teacher_passes_with_its_figures(greys):
 
 
 def test_without_val_it_looks_at_train_and_says_so(greys):
-    assert "no val folder" in report_on(greys, "grey", val=False).source
+    assert "there is no val" in report_on(greys, "grey", val=False).source
 
 
 def test_a_wrong_normalisation_is_named_with_what_it_costs(greys):

@@ -15,16 +15,18 @@ from photos import colour_teacher, tiny_net, write_photos, write_store
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ferkd.data import CropView, PhotoFiles, StoredCrops
+from ferkd.data import CropView, StoredCrops
 from ferkd.errors import CheckFailed, InputError
-from ferkd.folders import scan_split
 from ferkd.labeling import LabelSettings, label
 from ferkd.mixing import Mixing
 from ferkd.normalise import Normalise
 from ferkd.online import load_online_teacher
+from ferkd.photos import LabelledPhotos
 from ferkd.quantiles import quantile_policy, threshold
 from ferkd.recipes import TrainConfig
 from ferkd.regions import Region, RegionPolicy
+from ferkd.sources import scan_split
+from ferkd.sources.folders import FolderPhotos
 from ferkd.step import MovingAverage, make_optimizer
 from ferkd.store import LabelStore
 from ferkd.stream import Visit
@@ -272,7 +274,7 @@ def test_an_online_teacher_answers_as_the_one_that_labels(photos: Path, tmp_path
     teacher = load_online_teacher(TEACHER, None, None, config, scan_split(photos, "train"), torch.device("cpu"), None)
     assert teacher.classes.names == tuple(store.class_names)
     view = CropView(teacher.size, teacher.loaded.preprocessing.interpolation)
-    crops = StoredCrops(PhotoFiles(photos / "train", store), store, np.arange(len(store)), RegionPolicy(), view, 0)
+    crops = StoredCrops(LabelledPhotos(FolderPhotos(photos / "train"), store), store, np.arange(len(store)), RegionPolicy(), view, 0)
     for image in (0, 9, 20):
         item = crops[Visit(image, 0, 6)]
         ids, probs = teacher(item.pixels)

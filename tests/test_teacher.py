@@ -196,7 +196,7 @@ def test_without_a_network_the_error_says_how_to_pass_weights(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("spec", "hidden", "install"), [("timm:a", "timm", r"ferkd\[timm\]"), ("torchvision:a", "torchvision.models", "torchvision")]
+    ("spec", "hidden", "install"), [("timm:a", "timm", r"'ferkd\[timm\]'"), ("torchvision:a", "torchvision.models", "torchvision")]
 )
 def test_a_library_that_is_absent_is_named(monkeypatch, spec, hidden, install):
     monkeypatch.setitem(sys.modules, hidden, None)
@@ -324,6 +324,17 @@ def test_a_saved_run_comes_back_whole(python_spec, tmp_path):
     save_weights(tmp_path / "run/best.safetensors", model, spec, ["é", "b", "c"], how)
     assert load_run(tmp_path / "run").weights_sha256 == weights_sha256(model), "the best weights come before the last"
     assert load_run(tmp_path / "run/last.safetensors").weights_sha256 == loaded.weights_sha256
+
+
+def test_the_same_weights_are_the_same_bytes_with_aligned_tensors(tmp_path):
+    model, extra = nn.Linear(3, 5), {f"key {i}": "ä" * i for i in range(20)}
+    for name in ("a", "b"):
+        save_weights(tmp_path / name, model, "timm:x", [f"class {i}" for i in range(5)], Preprocessing(), extra)
+    content = (tmp_path / "a").read_bytes()
+    assert content == (tmp_path / "b").read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    assert end % 8 == 0
+    assert json.loads(content[8:end])["__metadata__"]["key 19"] == "ä" * 19
 
 
 def test_a_saved_student_is_a_plain_timm_checkpoint(tmp_path):

@@ -210,7 +210,7 @@ def _brighter(photo: Photo) -> Photo:
 @pytest.mark.parametrize("layout", ["exact", "compact"])
 def test_another_decoder_is_caught_by_its_pixels_and_by_its_name(photos, tmp_path, monkeypatch, layout):
     read = label_batches.read_photo
-    monkeypatch.setattr(label_batches, "read_photo", lambda path, **how: _brighter(read(path, **how)))
+    monkeypatch.setattr(label_batches, "read_photo", lambda *photo, **how: _brighter(read(*photo, **how)))
     label(label_settings(photos, tmp_path / "store", layout=layout), lambda _: None)
     assert "records" in failed(verified(tmp_path / "store", photos))  # it says that it was ours
     monkeypatch.setattr(label_plan, "DECODER", {**ferkd.crops.DECODER, "name": "Quick"})
@@ -265,7 +265,7 @@ def test_a_photo_turned_by_exif_or_not_is_told(photos, tmp_path, monkeypatch):
     shutil.rmtree(data / "train/g3")
     shutil.copytree(photos / "train/g4", data / "train/g3")
     read = label_batches.read_photo
-    monkeypatch.setattr(label_batches, "read_photo", lambda path, *, name, **_: read(path, name=name, apply_exif=False))
+    monkeypatch.setattr(label_batches, "read_photo", lambda photos, path, **_: read(photos, path, apply_exif=False))
     label(label_settings(data, tmp_path / "store"), lambda _: None)
     verdict = verified(tmp_path / "store", data)
     assert "KL, stored from new" in failed(verdict)

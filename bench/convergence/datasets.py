@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ferkd.folders import Split, scan_split
+from ferkd.sources import Split, scan_split
 
 HELD_OUT = 0.1
 """The share of train that tuning may look at."""
@@ -97,7 +97,7 @@ def prepare(images: Images, work: Path, data: Path) -> Path:
         else:
             shutil.copytree(source / "val", begun / "val", copy_function=os.link)
         for image, folder, split in _placed(train, images):
-            os.link(train.root / train.paths[image], begun / split / folder / Path(train.paths[image]).name)
+            os.link(train.photos.root / train.paths[image], begun / split / folder / Path(train.paths[image]).name)
     return out
 
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from bench.convergence.datasets import Images
 from ferkd.errors import StoreError
-from ferkd.folders import scan_split
 from ferkd.records import pack_boxes, pack_labels
 from ferkd.shards import UNIT_IMAGES, LabelledImage
+from ferkd.sources import scan_split
 from ferkd.store import LabelStore, StorePlan, StoreWriter
 
 
@@ -71,7 +71,7 @@ def derive(labels: Labels, labelled: LabelStore, data: Path, out: Path) -> Label
         )
     unknown = [path for path in split.paths if Path(path).name not in number_of]
     if unknown:
-        raise StoreError(f"{labelled.path}: has no labels of {len(unknown):,} images of {split.root}, such as {unknown[0]}")
+        raise StoreError(f"{labelled.path}: has no labels of {len(unknown):,} images of {split.photos.root}, such as {unknown[0]}")
     settings = dataclasses.replace(labelled.crop_settings, scale=(labels.min_scale, labelled.crop_settings.scale[1]))
     provenance = {
         **labelled.manifest.provenance,

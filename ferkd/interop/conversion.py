@@ -13,13 +13,14 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from ferkd.crops import DECODER, RESAMPLER, CropSettings, read_photo
+from ferkd.classes import IMAGENET_VARIANTS, class_mapping, wordnet_ids
+from ferkd.crops import DECODER, RESAMPLER, CropSettings
 from ferkd.errors import InputError
 from ferkd.filling import evenly, fill_store, say_result
-from ferkd.folders import IMAGENET_VARIANTS, Split, class_mapping, wordnet_ids
 from ferkd.interop.pickles import DamagedFile
 from ferkd.loss import MAX_K
 from ferkd.records import pack_boxes, pack_labels
+from ferkd.sources import Split, read_photo, scan_split
 from ferkd.store import LabelledImage, LabelStore, StorePlan
 
 FINGERPRINT_FILES = 16
@@ -72,6 +73,16 @@ class Classes:
     def targets(self, split: Split) -> NDArray[np.int64]:
         """The ground truth of every image, [N]."""
         return np.array([self.of_folder[folder] for folder in split.folders], np.int64)[split.folder_of]
+
+
+def labelled_split(data: Path) -> Split:
+    """The photographs that other people's labels are for. Raises InputError for other sources than folders: labels find them by path."""
+    split = scan_split(data, "train")
+    if split.photos.kind != "folder":
+        raise InputError(
+            f"data: {data} is no folder; the labels of other people find their photographs by their place in it: give train/CLASS/*.jpg"
+        )
+    return split
 
 
 def choose_classes(settings: ConvertSettings, folders: Sequence[str], declared: int | None = None) -> Classes:
@@ -144,7 +155,7 @@ def convert(settings: ConvertSettings, split: Split, classes: Classes, source: S
     images = len(split)
     missing = [image for image in range(images) if source.files(image) is None]
     if len(missing) == images:
-        raise InputError(f"{settings.source}: has no labels for any of the {images:,} images of {split.root} ({source.why_none(0)})")
+        raise InputError(f"{settings.source}: has no labels for any of the {images:,} images of {split} ({source.why_none(0)})")
     if missing and not settings.allow_failures:
         shown = "; ".join(source.why_none(image) for image in missing[:3])
         raise InputError(
@@ -183,9 +194,9 @@ def convert(settings: ConvertSettings, split: Split, classes: Classes, source: S
         if file is None:
             return LabelledImage(0, 0, 0, None, None, source.why_none(image))
         try:
-            photo, crc = read_photo(split.root / path, apply_exif=False, name=path)
+            photo, crc = read_photo(split.photos, path, apply_exif=False)
         except InputError as error:
-            return LabelledImage(0, 0, 0, None, None, str(error).removeprefix(f"{path}: "))
+            return LabelledImage(0, 0, 0, None, None, str(error).removeprefix(f"{split.name(image)}: "))
         height, width = photo.shape[1:]
         try:
             labels = source.read(image, read_labels(file), width, height)

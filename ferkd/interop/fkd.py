@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from ferkd.crops import CropSettings
 from ferkd.errors import InputError
-from ferkd.folders import scan_split
 from ferkd.interop.conversion import (
     EQUAL_CROPS,
     ConvertSettings,
@@ -26,6 +25,7 @@ from ferkd.interop.conversion import (
     checked_labels,
     choose_classes,
     convert,
+    labelled_split,
     name_hashes,
     read_labels,
 )
@@ -49,7 +49,7 @@ class FkdSettings(ConvertSettings):
 
 def convert_fkd(settings: FkdSettings, say: Callable[[str], None]) -> LabelStore:
     """Converts FKD's files of every image in settings.data/train. Raises InputError and StoreError as conversion.convert does."""
-    split = scan_split(settings.data, "train")
+    split = labelled_split(settings.data)
     classes = choose_classes(settings, split.folders)
     folder = _folder_of_train(settings.source)
     files = _Files(folder, split.paths)

@@ -23,6 +23,7 @@ from ferkd.errors import InputError
 from ferkd.interop.fkd import FileNames, trainer_name
 from ferkd.regions import Region, RegionPolicy, confidence_of, region_of
 from ferkd.remote import refuse_url
+from ferkd.sources import DataFlag, Photos, kind_of, labelled_photos
 from ferkd.store import ImageLabels, LabelStore
 
 ExportType = Literal["hard", "smoothing", "marginal_smoothing_k5", "marginal_smoothing_k10", "dense"]
@@ -44,7 +45,7 @@ class ExportSettings:
     policy: RegionPolicy = RegionPolicy()
     num_crops: int = 4
     """FKD's --num_crops: an image with fewer crops left repeats them, because the script stops there otherwise."""
-    data: Path | None = None
+    data: DataFlag | None = None
     """The dataset, to find the photos with an EXIF orientation: FKD's script does not turn them, so they are left out."""
 
     def __post_init__(self) -> None:
@@ -77,6 +78,8 @@ def export_fkd(settings: ExportSettings, say: Callable[[str], None]) -> Exported
     """
     refuse_url(settings.out, "out")
     store = LabelStore(settings.store)
+    if kind_of(store) != "folder":
+        raise InputError(f"{settings.store}: was not labelled from a folder, and FKD's script reads train/CLASS/IMAGE only")
     label_type = _label_type(settings.label_type, store)
     names = FileNames(store.paths, trainer_name)
     if names.shared:
@@ -98,10 +101,11 @@ def export_fkd(settings: ExportSettings, say: Callable[[str], None]) -> Exported
 
     regions = np.zeros(3, np.int64)
     left_out: dict[str, str] = {}
+    photos = None if settings.data is None else labelled_photos(settings.data, store)
     crops = repeated = 0
     for image in range(len(store)):
         labels = store.read(image)
-        why = _unfit(labels, settings.data, store.exif_applied)
+        why = _unfit(labels, photos, store.exif_applied)
         if why is None:
             boxes, flips = labels.boxes(np.arange(store.crops))
             adapted, region = adapted_labels(store, labels, settings.policy, label_type)
@@ -225,14 +229,18 @@ def _label_type(wanted: str, store: LabelStore) -> str:
     return wanted
 
 
-def _unfit(labels: ImageLabels, data: Path | None, exif_applied: bool) -> str | None:
+def _unfit(labels: ImageLabels, photos: Photos | None, exif_applied: bool) -> str | None:
     """Why FKD's script cannot use an image, or None."""
     if labels.width == 0:
         return "the store has no labels for it"
-    if data is None:
+    if photos is None:
         return None
     try:
-        with PIL.Image.open(data / "train" / labels.path) as photo:
+        data = photos.read(labels.path)
+    except InputError as error:
+        return str(error).removeprefix(f"{photos.name(labels.path)}: ")
+    try:
+        with PIL.Image.open(io.BytesIO(data)) as photo:
             size, orientation = photo.size, photo.getexif().get(ORIENTATION, 1)
     except Exception as error:  # Pillow's plug-ins raise what they like
         return f"cannot be read ({type(error).__name__})"

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from ferkd.crops import CropSettings
 from ferkd.errors import InputError
-from ferkd.folders import Split, scan_split
 from ferkd.interop.conversion import (
     EQUAL_CROPS,
     ConvertSettings,
@@ -27,9 +26,11 @@ from ferkd.interop.conversion import (
     checked_labels,
     choose_classes,
     convert,
+    labelled_split,
     read_labels,
 )
 from ferkd.interop.pickles import read_torch_file
+from ferkd.sources import Split
 from ferkd.store import LabelStore
 
 SUFFIX = ".pth.tar"
@@ -44,7 +45,7 @@ class MlDrSettings(ConvertSettings):
 
 def convert_mldr(settings: MlDrSettings, say: Callable[[str], None]) -> LabelStore:
     """Converts the reinforcements of every image in settings.data/train. Raises InputError and StoreError as conversion.convert does."""
-    split = scan_split(settings.data, "train")
+    split = labelled_split(settings.data)
     config = _config(settings.source)
     has_flip = _augmentations(config, settings.source)
     declared = config.get("num_classes")

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ferkd.data import PhotoFiles
 from ferkd.errors import InputError
 from ferkd.inspection import sample_crops, sample_images
 from ferkd.pages.page import Markup
+from ferkd.photos import LabelledPhotos
 from ferkd.regions import Confidence, confidence_of
+from ferkd.sources import Photos
 from ferkd.store import LabelStore
 
 _LONG_SIDE, _QUALITY = 400, 80
@@ -31,13 +31,13 @@ REGION_LEGEND = Markup(
 )
 
 
-def sample_photos(store: LabelStore, photos: Path, order_by: Confidence, images: int = 8, crops: int = 8) -> list[dict[str, Any]]:
+def sample_photos(store: LabelStore, photos: Photos, order_by: Confidence, images: int = 8, crops: int = 8) -> list[dict[str, Any]]:
     """Photographs, made small, as data: URIs of JPEG, each with crops from its least to its most confident one (by `order_by`).
 
-    `photos` is the folder that the store's paths are relative to. A crop: box (in the photograph's own pixels), flip, both confidences,
+    A crop: box (in the photograph's own pixels), flip, both confidences,
     the teacher's first answer, its probability, and whether it is the ground truth. Raises StoreError for a photograph that changed.
     """
-    source, found = PhotoFiles(photos, store), []
+    source, found = LabelledPhotos(photos, store), []
     for image in sample_images(store, images):
         labels = store.read(image)
         ids, probs = store.unpack(labels.label_words)

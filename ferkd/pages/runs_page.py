@@ -16,6 +16,7 @@ from ferkd.pages.page import Markup, escaped, page, table
 from ferkd.pages.photos import REGION_LEGEND, sample_photos
 from ferkd.regions import RegionPolicy
 from ferkd.runs import RunFolder
+from ferkd.sources import Photos
 from ferkd.store import LabelStore
 
 _COLOURS, _DASHES = 8, 4  # of page.css
@@ -23,8 +24,8 @@ _MANY_CHARTS = 12
 _ABSENT = "–"
 
 
-def runs_page(paths: Sequence[Path], store: LabelStore | None = None, photos: Path | None = None) -> str:
-    """The page of runs, as text. With `store` and `photos`, the folder that its paths are relative to, some of its photographs too.
+def runs_page(paths: Sequence[Path], store: LabelStore | None = None, photos: Photos | None = None) -> str:
+    """The page of runs, as text. With `store` and the `photos` that it labels, some of these too.
 
     Raises InputError for a folder that is no run, and for a store that none of the runs learnt from. Whatever is damaged or missing
     inside a run is shown as such.

@@ -12,13 +12,14 @@ from ferkd.pages.page import Markup, escaped, page, table
 from ferkd.pages.photos import REGION_LEGEND, sample_photos
 from ferkd.regions import Region
 from ferkd.report import share
+from ferkd.sources import Photos
 from ferkd.store import LabelStore
 
 _SLIDERS = {"discard_below": "Discard below", "calibrate_below": "Calibrate below", "discard_above": "Discard above"}
 
 
-def store_page(store: LabelStore, inspection: Inspection, photos: Path | None = None, note: str = "") -> str:
-    """The page as text. `photos`: the folder that the store's paths are relative to, to show some with their crops. `note`: one line more
+def store_page(store: LabelStore, inspection: Inspection, photos: Photos | None = None, note: str = "") -> str:
+    """The page as text. `photos`: those that were labelled, to show some with their crops. `note`: one line more
     about the policy."""
     policy = inspection.policy
     figures: dict[str, Any] = {
