@@ -37,6 +37,8 @@ ATTEMPTS = 4
 WAIT_S = 1.0
 """Before the second attempt; twice as long before each further one."""
 SAY_S = 5.0
+SILENCE_S = 60.0
+"""How long a web server may send nothing. A file as a whole may take any time: aiohttp's own limit of 300 s cuts shards off a slow line."""
 
 _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):/+(.*)", re.DOTALL)
 _EXTRAS = {"http": "remote", "https": "remote", "hf": "hub", "s3": "s3", "s3a": "s3"}
@@ -141,7 +143,7 @@ class _Place:
         try:
             import fsspec
 
-            self.files, self.root = fsspec.core.url_to_fs(url)
+            self.files, self.root = fsspec.core.url_to_fs(url, **_patience(scheme))
         except ImportError as error:
             raise StoreError(
                 f"{self.name}: a store elsewhere needs a package that is not installed ({one_line(error)}); pip install 'ferkd[{extra}]'"
@@ -188,6 +190,15 @@ class _Place:
     def _words(self, error: BaseException) -> str:
         words = one_line(error) or type(error).__name__
         return words.replace(self._secret, "...") if self._secret else words
+
+
+def _patience(scheme: str) -> dict[str, Any]:
+    """What fsspec's file system of this kind is to be told about waiting."""
+    if scheme not in ("http", "https"):
+        return {}
+    import aiohttp
+
+    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S)}}
 
 
 def _status(error: BaseException) -> int | None:

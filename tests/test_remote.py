@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import urllib.parse
 from collections import Counter
 from collections.abc import Iterator
@@ -43,12 +44,14 @@ def store(tmp_path: Path) -> LabelStore:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder; `asked` counts requests by path, `broken[path]` more answers to it are cut short, `status[path]` is refused."""
+    """Serves a folder; `asked` counts requests by path, `broken[path]` more answers to it are cut short, `status[path]` is refused;
+    files come in `pieces` with a `pause` before each."""
 
     daemon_threads = True
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.asked, self.broken, self.status = folder, Counter[str](), Counter[str](), dict[str, int]()
+        self.pieces, self.pause = 1, 0.0
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -79,7 +82,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.flush()
             self.connection.close()
         elif body:
-            self.wfile.write(text)
+            size = max(1, -(-len(text) // self.server.pieces))
+            for at in range(0, len(text), size):
+                time.sleep(self.server.pause)
+                self.wfile.write(text[at : at + size])
+                self.wfile.flush()
 
     def log_message(self, *arguments: Any) -> None:
         pass
@@ -187,6 +194,17 @@ def test_it_pickles_into_loader_processes_without_being_fetched_there(server: Se
 def test_a_connection_that_breaks_is_tried_again(server: Server, store: LabelStore) -> None:
     server.broken["/labels/manifest.json"] = server.broken["/labels/shards/" + next(store.path.glob("shards/*")).name] = 1
     LabelStore(f"{server.url}/labels").check_integrity()
+
+
+def test_a_slow_line_may_take_any_time_and_a_silent_one_may_not(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "SILENCE_S", 0.5)
+    assert remote._Place(server.url).files.client_kwargs["timeout"].total is None
+    server.pieces, server.pause = 10, 0.1
+    LabelStore(f"{server.url}/labels").check_integrity()
+    monkeypatch.setattr(remote, "ATTEMPTS", 1)
+    server.pieces, server.pause = 1, 1.5
+    with pytest.raises(StoreError, match=r"manifest\.json cannot be fetched"):
+        LabelStore(f"{server.url}//labels")  # an address that nothing was fetched from
 
 
 def test_one_that_keeps_breaking_is_told_and_what_came_is_kept(server: Server, store: LabelStore, cache: Path) -> None:
