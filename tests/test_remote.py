@@ -370,16 +370,19 @@ def test_training_on_an_address_is_training_on_the_folder(server: Server, tmp_pa
         ("train", "--data", "{data}", "--student", "python:photos:tiny_net", "--image-size", "16", "--out", "s3://bucket/run"),
         ("merge", "{store}", "{store}", "s3://bucket/both"),
         ("export", "fkd", "{store}", "s3://bucket/fkd"),
+        ("inspect", "{store}", "--page", "s3://bucket/page.html"),
     ],
 )
 def test_nothing_is_written_elsewhere(
-    arguments: tuple[str, ...], store: LabelStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...], store: LabelStore, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write_photos(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         main([argument.format(data=data, store=store.path) for argument in arguments])
     assert ended.value.code == 2
     assert "is not on this machine; write into a local folder and copy it" in capsys.readouterr().err
+    assert not list(tmp_path.glob("s3*")), "nor into a folder of that name"
 
 
 def test_a_store_in_a_bucket(store: LabelStore, monkeypatch: pytest.MonkeyPatch) -> None:
