@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ferkd.durable import sync_folder
 from ferkd.errors import InputError, StoreError, one_line
 from ferkd.manifest import Manifest, Shard, file_sha256, read_manifest
 
@@ -36,6 +37,8 @@ ATTEMPTS = 4
 WAIT_S = 1.0
 """Before the second attempt; twice as long before each further one."""
 SAY_S = 5.0
+SILENCE_S = 60.0
+"""How long a web server may send nothing. A file as a whole may take any time: aiohttp's own limit of 300 s cuts shards off a slow line."""
 
 _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):/+(.*)", re.DOTALL)
 _EXTRAS = {"http": "remote", "https": "remote", "hf": "hub", "s3": "s3", "s3a": "s3"}
@@ -76,6 +79,11 @@ def cache_folder() -> Path:
     if chosen := os.environ.get("FERKD_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ferkd"
+
+
+def is_cached(path: Path) -> bool:
+    """Whether a file or folder is of a store that was fetched."""
+    return path.is_relative_to(cache_folder() / "stores")
 
 
 def fetched(url: str) -> Path:
@@ -135,7 +143,7 @@ class _Place:
         try:
             import fsspec
 
-            self.files, self.root = fsspec.core.url_to_fs(url)
+            self.files, self.root = fsspec.core.url_to_fs(url, **_patience(scheme))
         except ImportError as error:
             raise StoreError(
                 f"{self.name}: a store elsewhere needs a package that is not installed ({one_line(error)}); pip install 'ferkd[{extra}]'"
@@ -152,25 +160,27 @@ class _Place:
     def _tried(self, file: str, act: Callable[[str], Any]) -> Any:
         """act(path), again after a while when that may help."""
         path = f"{self.root.rstrip('/')}/{file}"
-        for attempt in range(ATTEMPTS):
+        attempts = 2 if self.name.startswith("hf:") else ATTEMPTS  # the Hub's file system itself tries a broken connection six times
+        for attempt in range(attempts):
             try:
                 return act(path)
             except FileNotFoundError as error:
+                hidden = " (if it is private or gated: hf auth login)" if self.name.startswith("hf:") else ""  # both look the same
                 raise StoreError(
-                    f"{self.name}: has no {file}: this is not a whole store of labels; give the folder that ferkd label wrote"
+                    f"{self.name}: has no {file}: this is not a whole store of labels; give the folder that ferkd label wrote{hidden}"
                 ) from error
             except Exception as error:
                 if isinstance(error, MemoryError):
                     raise
-                status = getattr(error, "status", None)
+                status = _status(error)
                 if isinstance(error, OSError) and _is_of_this_machine(error):
                     raise
-                if isinstance(error, PermissionError) or status in (401, 403):
+                if isinstance(error, PermissionError) or status in (401, 403) or type(error).__name__ == "NoCredentialsError":
                     raise StoreError(
                         f"{self.name}: access to {file} was refused ({self._words(error)}); log in as the service has it "
                         "(hf auth login, aws configure)"
                     ) from error
-                if attempt == ATTEMPTS - 1 or (isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)):
+                if attempt == attempts - 1 or (status is not None and 400 <= status < 500 and status not in (408, 429)):
                     raise _Unreachable(
                         f"{self.name}: {file} cannot be fetched ({self._words(error)}); start the same command again to go on"
                     ) from error
@@ -180,6 +190,21 @@ class _Place:
     def _words(self, error: BaseException) -> str:
         words = one_line(error) or type(error).__name__
         return words.replace(self._secret, "...") if self._secret else words
+
+
+def _patience(scheme: str) -> dict[str, Any]:
+    """What fsspec's file system of this kind is to be told about waiting."""
+    if scheme not in ("http", "https"):
+        return {}
+    import aiohttp
+
+    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S)}}
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error is about: aiohttp's errors have it themselves, the Hub's in their response."""
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
 
 
 def _is_of_this_machine(error: OSError) -> bool:
@@ -242,6 +267,7 @@ def _fetch_one(place: _Place, file: Shard, folder: Path) -> None:
     with open(part, "rb+") as written:
         os.fsync(written.fileno())
     os.replace(part, folder / file.file)
+    sync_folder(part.parent)
 
 
 def _has(folder: Path, file: Shard) -> bool:
@@ -270,6 +296,7 @@ def _put(path: Path, text: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+    sync_folder(path.parent)
 
 
 @contextlib.contextmanager

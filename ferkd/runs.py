@@ -40,6 +40,7 @@ _SEAL_SIZE = _SEAL_HEAD.size + hashlib.sha256().digest_size
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[None]:
     """Within the block no other training may use the run's folder, which is made if need be. Raises InputError where one does already."""
+    refuse_url(path, "out")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

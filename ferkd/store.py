@@ -23,7 +23,7 @@ from ferkd.errors import StoreError
 from ferkd.manifest import INDEX_HEADER, INDEX_MAGIC, VERSION, file_sha256, is_inside, read_manifest
 from ferkd.manifest import PathTable as PathTable
 from ferkd.records import Records, label_words, top_probabilities, unpack_labels
-from ferkd.remote import fetched, plainly, url_of
+from ferkd.remote import fetched, is_cached, plainly, url_of
 from ferkd.shards import ROW, shard_file
 from ferkd.shards import LabelledImage as LabelledImage
 from ferkd.store_writing import StorePlan as StorePlan
@@ -98,7 +98,7 @@ class _OpenShard:
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
-            raise StoreError(f"{path}: is missing; {_REBUILD}") from error
+            raise StoreError(f"{path}: is missing; {_mend(path)}") from error
         except OSError as error:
             raise StoreError(f"{path}: cannot be opened: {error.strerror}") from error
         _check_size(path, os.fstat(self.fd).st_size, size)
@@ -108,14 +108,16 @@ class _OpenShard:
             os.close(self.fd)
 
 
-_REBUILD = "fetch it again, or delete it and run the same ferkd label command to rebuild it"
+def _mend(path: Path, otherwise: str = "fetch it again, or delete it and run the same ferkd label command to rebuild it") -> str:
+    """What to do about a damaged file of a store."""
+    return "delete it and start again: it is then fetched anew" if is_cached(path) else otherwise
 
 
 def _check_size(path: Path, found: int, expected: int) -> None:
     if found < expected:
-        raise StoreError(f"{path}: {found:,} bytes, the manifest says {expected:,}: the copy was cut short; {_REBUILD}")
+        raise StoreError(f"{path}: {found:,} bytes, the manifest says {expected:,}: the copy was cut short; {_mend(path)}")
     if found > expected:
-        raise StoreError(f"{path}: {found:,} bytes, the manifest says {expected:,}: it is not this store's file; {_REBUILD}")
+        raise StoreError(f"{path}: {found:,} bytes, the manifest says {expected:,}: it is not this store's file; {_mend(path)}")
 
 
 class LabelStore:
@@ -144,7 +146,7 @@ class LabelStore:
             try:
                 size = os.stat(self.path / shard.file).st_size
             except FileNotFoundError as error:
-                raise StoreError(f"{self.path / shard.file}: is missing; {_REBUILD}") from error
+                raise StoreError(f"{self.path / shard.file}: is missing; {_mend(self.path)}") from error
             except OSError as error:
                 raise StoreError(f"{self.path / shard.file}: cannot be opened: {error.strerror}") from error
             _check_size(self.path / shard.file, size, shard.bytes)
@@ -175,7 +177,7 @@ class LabelStore:
 
     def _open_index(self) -> None:
         m, path = self.manifest, self.path / "index.bin"
-        again = "fetch it again; without it the store must be labelled again into another folder"
+        again = _mend(path, "fetch it again; without it the store must be labelled again into another folder")
         try:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -240,7 +242,7 @@ class LabelStore:
         if len(block) != size or zlib.crc32(row[:12] + path, zlib.crc32(block)) != expected:
             raise StoreError(
                 f"{self.path / shard_file(number)}: the labels of image {image} ({path.decode('utf-8', 'replace')}) do not have the CRC32 "
-                f"{expected:08x} that index.bin says: one of the two files was changed; {_REBUILD}"
+                f"{expected:08x} that index.bin says: one of the two files was changed; {_mend(self.path)}"
             )
         words: npt.NDArray[np.uint32] = np.ndarray((self.crops, self.label_width), _U4, block, self._box_bytes)
         boxes: npt.NDArray[np.uint64] | None = np.ndarray((self.crops,), _U8, block) if self._box_bytes else None
@@ -334,7 +336,7 @@ class LabelStore:
             if progress:
                 progress(number + 1, len(m.shards) + 1)
         if damage:
-            raise StoreError("; ".join(damage) + f"; {_REBUILD}")
+            raise StoreError("; ".join(damage) + f"; {_mend(self.path)}")
 
     def _damaged_images(self, shard: int) -> list[str]:
         first = shard * self.manifest.shard_images

@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import fsspec  # noqa: E402
 import torch  # noqa: E402
 from fkd_files import write_labels  # noqa: E402
 from photos import write_photos, write_store  # noqa: E402
@@ -33,6 +34,7 @@ BEGIN, END = "<!-- the table is written by tests/bad_inputs.py -->", "<!-- end o
 TRAIN = ["train", "--data", "data", "--student", "python:photos:tiny_net", "--out", "run", "--batch-size", "12", "--epochs", "4"]
 TRAIN += ["--warmup-epochs", "0", "--workers", "0", "--log-every", "2", "--eval-every", "2", "--eval-crop-pct", "1.0"]
 STORED = [*TRAIN, "--labels", "labels"]
+ELSEWHERE = [*TRAIN, "--labels", "memory://labels"]
 TARS, STORED_TARS = ([*command[:2], "wds:shards", *command[3:]] for command in (TRAIN, STORED))
 LABEL = ["label", "--data", "data", "--teacher", "python:photos:colour_teacher", "--out", "store", "--crops", "4", "--topk", "2"]
 Spoil = Callable[[], object]
@@ -96,6 +98,15 @@ def bomb() -> None:
     data = Path("data/train/red/0.png").read_bytes()
     header = b"IHDR" + (32_000).to_bytes(4, "big") * 2 + data[24:29]
     Path("data/val/red/0.png").write_bytes(data[:12] + header + zlib.crc32(header).to_bytes(4, "big") + data[33:])
+
+
+def elsewhere(spoil: Spoil) -> None:
+    """Puts labels, spoilt, where memory://labels is."""
+    spoil()
+    files = fsspec.filesystem("memory")
+    if files.exists("/labels"):
+        files.rm("/labels", recursive=True)
+    files.put(f"{Path('labels').resolve()}/", "/labels/", recursive=True)
 
 
 def tars() -> Path:
@@ -172,6 +183,9 @@ CASES: list[tuple[str, Spoil, list[str]]] = [
     ("a mistyped command", lambda: None, ["tran"]),
     ("an unknown command", lambda: None, ["distil"]),
     ("a store elsewhere that is not there", lambda: None, [*TRAIN, "--labels", "file:///nowhere/labels"]),
+    ("a web page where a store should be", lambda: elsewhere(lambda: Path("labels/manifest.json").write_text("<html>")), ELSEWHERE),
+    ("a store elsewhere with one flipped bit", lambda: elsewhere(lambda: flip(shard(), 500)), ELSEWHERE),
+    ("a kind of address that nobody knows", lambda: None, [*TRAIN, "--labels", "nosuch://host/labels"]),
     ("a store to be written elsewhere", lambda: None, [*LABEL[:6], "s3://bucket/labels", *LABEL[7:]]),
 ]
 

@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
+import urllib.parse
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,12 +44,14 @@ def store(tmp_path: Path) -> LabelStore:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder; `asked` counts requests by path, `broken[path]` more answers to it are cut short, `status[path]` is refused."""
+    """Serves a folder; `asked` counts requests by path, `broken[path]` more answers to it are cut short, `status[path]` is refused;
+    files come in `pieces` with a `pause` before each."""
 
     daemon_threads = True
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.asked, self.broken, self.status = folder, Counter[str](), Counter[str](), dict[str, int]()
+        self.pieces, self.pause = 1, 0.0
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -78,7 +82,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.flush()
             self.connection.close()
         elif body:
-            self.wfile.write(text)
+            size = max(1, -(-len(text) // self.server.pieces))
+            for at in range(0, len(text), size):
+                time.sleep(self.server.pause)
+                self.wfile.write(text[at : at + size])
+                self.wfile.flush()
 
     def log_message(self, *arguments: Any) -> None:
         pass
@@ -186,6 +194,17 @@ def test_it_pickles_into_loader_processes_without_being_fetched_there(server: Se
 def test_a_connection_that_breaks_is_tried_again(server: Server, store: LabelStore) -> None:
     server.broken["/labels/manifest.json"] = server.broken["/labels/shards/" + next(store.path.glob("shards/*")).name] = 1
     LabelStore(f"{server.url}/labels").check_integrity()
+
+
+def test_a_slow_line_may_take_any_time_and_a_silent_one_may_not(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "SILENCE_S", 0.5)
+    assert remote._Place(server.url).files.client_kwargs["timeout"].total is None
+    server.pieces, server.pause = 10, 0.1
+    LabelStore(f"{server.url}/labels").check_integrity()
+    monkeypatch.setattr(remote, "ATTEMPTS", 1)
+    server.pieces, server.pause = 1, 1.5
+    with pytest.raises(StoreError, match=r"manifest\.json cannot be fetched"):
+        LabelStore(f"{server.url}//labels")  # an address that nothing was fetched from
 
 
 def test_one_that_keeps_breaking_is_told_and_what_came_is_kept(server: Server, store: LabelStore, cache: Path) -> None:
@@ -300,8 +319,10 @@ def test_a_copy_damaged_later_is_noticed(server: Server) -> None:
     opened = LabelStore(f"{server.url}/labels")
     shard = min(opened.path.glob("shards/*"))
     shard.write_bytes(b"\0" * shard.stat().st_size)
-    with pytest.raises(StoreError, match="do not have the CRC32"):
+    with pytest.raises(StoreError, match=r"do not have the CRC32.*delete it and start again: it is then fetched anew"):
         LabelStore(f"{server.url}/labels").read(0)
+    shard.unlink()
+    LabelStore(f"{server.url}/labels").check_integrity()
     os.truncate(shard, 10)
     LabelStore(f"{server.url}/labels").check_integrity()
 
@@ -323,6 +344,13 @@ def test_training_on_an_address_is_training_on_the_folder(server: Server, tmp_pa
     one, other = (load_file(tmp_path / name / "last.safetensors") for name in ("a", "b"))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     assert url in (tmp_path / "b/config.json").read_text()
+    (tmp_path / "server/photos").rename(tmp_path / "first")
+    write_store(data, tmp_path / "server/photos", seed=1)
+    with pytest.raises(SystemExit):
+        run("train", *same, "--labels", url, "--out", tmp_path / "b", "--resume")
+    assert "checkpoint.pt: was made with store = " in capsys.readouterr().err, "another store has come to this address"
+    shutil.rmtree(tmp_path / "server/photos")
+    (tmp_path / "first").rename(tmp_path / "server/photos")
     capsys.readouterr()
     run("inspect", url, "--data", data, "--page", tmp_path / "page.html")
     assert f"{url}: 24 images x 12 crops" in capsys.readouterr().out
@@ -342,16 +370,19 @@ def test_training_on_an_address_is_training_on_the_folder(server: Server, tmp_pa
         ("train", "--data", "{data}", "--student", "python:photos:tiny_net", "--image-size", "16", "--out", "s3://bucket/run"),
         ("merge", "{store}", "{store}", "s3://bucket/both"),
         ("export", "fkd", "{store}", "s3://bucket/fkd"),
+        ("inspect", "{store}", "--page", "s3://bucket/page.html"),
     ],
 )
 def test_nothing_is_written_elsewhere(
-    arguments: tuple[str, ...], store: LabelStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...], store: LabelStore, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write_photos(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         main([argument.format(data=data, store=store.path) for argument in arguments])
     assert ended.value.code == 2
     assert "is not on this machine; write into a local folder and copy it" in capsys.readouterr().err
+    assert not list(tmp_path.glob("s3*")), "nor into a folder of that name"
 
 
 def test_a_store_in_a_bucket(store: LabelStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,3 +407,83 @@ def test_a_store_in_a_bucket(store: LabelStore, monkeypatch: pytest.MonkeyPatch)
             LabelStore("s3://labels/other")
     finally:
         server.stop()
+
+
+class HubHandler(Handler):
+    """As much of the Hub's interface as its file system asks for a dataset o/n; `status` 401 and 403 are a private and a gated one."""
+
+    def answer(self, body: bool) -> None:
+        path = urllib.parse.unquote(self.path.partition("?")[0])
+        self.server.asked[path] += body
+        refused = self.server.status.get("o/n")
+        content: Any = {"id": "o/n", "_id": "0", "sha": "0" * 40, "siblings": [], "tags": [], "private": False, "downloads": 0, "likes": 0}
+        if refused == 401:
+            return self.send(401, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
+        if "/tree/main" in path or "/resolve/main" in path:
+            if refused:
+                return self.send(refused, b"{}", {"X-Error-Code": "GatedRepo"}, body)
+            file = self.server.folder / path.partition("/main")[2].lstrip("/")
+            if not file.exists():
+                return self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"}, body)
+            if file.is_file():
+                return self.send(200, file.read_bytes(), {"ETag": '"x"', "X-Repo-Commit": "0" * 40}, body)
+            kinds = {True: "file", False: "directory"}
+            content = [
+                {
+                    "type": kinds[one.is_file()],
+                    "path": str(one.relative_to(self.server.folder)),
+                    "size": one.stat().st_size,
+                    "oid": "0" * 40,
+                }
+                for one in sorted(file.iterdir())
+            ]
+        elif not path.endswith("/datasets/o/n"):
+            return self.send(404, b"{}", {}, body)
+        return self.send(200, json.dumps(content).encode(), {"Content-Type": "application/json"}, body)
+
+    def send(self, status: int, text: bytes, headers: dict[str, str], body: bool) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(text))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(text)
+
+
+@pytest.fixture
+def hub(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    files = pytest.importorskip("huggingface_hub").HfFileSystem
+    monkeypatch.setattr(server, "RequestHandlerClass", HubHandler)
+    monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": server.url, "token": False})
+    files.clear_instance_cache()
+    yield server
+    files.clear_instance_cache()
+
+
+def test_a_store_on_the_hub(hub: Server, store: LabelStore) -> None:
+    opened = LabelStore("hf://datasets/o/n/labels")
+    opened.check_integrity()
+    assert opened.source == "hf://datasets/o/n/labels"
+    assert files_below(opened.path) == files_below(store.path)
+    assert hub.asked["/datasets/o/n/resolve/main/labels/index.bin"] == 1
+    with pytest.raises(StoreError, match=r"hf://datasets/o/n/other: has no manifest.json.*if it is private or gated: hf auth login"):
+        LabelStore("hf://datasets/o/n/other")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_dataset_that_the_hub_hides_is_said_to_need_a_login(hub: Server, status: int) -> None:
+    hub.status["o/n"] = status
+    with pytest.raises(StoreError, match=r"hf://datasets/o/n/labels: .*hf auth login"):
+        LabelStore("hf://datasets/o/n/labels")
+
+
+def test_a_bucket_without_credentials_is_said_to_need_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(StoreError, match=r"s3://bucket/labels: access to manifest.json was refused .*aws configure"):
+        LabelStore("s3://bucket/labels")

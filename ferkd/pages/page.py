@@ -16,6 +16,7 @@ from typing import Any
 
 from ferkd import __version__
 from ferkd.errors import InputError
+from ferkd.remote import refuse_url
 
 _LOADS_NOTHING = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'"
 
@@ -88,6 +89,7 @@ def embedded_json(value: Any) -> str:
 
 def check_page_path(path: Path) -> None:
     """Raises InputError unless a page may be written there: only a name that says HTML is ever replaced."""
+    refuse_url(path, "page")
     if path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{path}: a page's name ends with .html, so that no other file is overwritten")
     if path.is_dir():
