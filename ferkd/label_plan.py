@@ -75,8 +75,8 @@ class LabelSettings:
     device: str | None = None
     """cpu, cuda or cuda:N. Default: the GPU if there is one; under torchrun each process takes its own."""
     workers: int | None = None
-    """Threads that decode and cut. Default: for a teacher on the CPU 1 (0, which is in between, where it has all of up to 4 cores); else this
-    process's share of the cores, at most 16."""
+    """Threads that decode and cut. Default: for a teacher on the CPU 1 (0, which is in between, where it has all of up to 4 cores); else
+    this process's share of the cores, at most 16."""
     autocast: Autocast = "none"
     """Run the teacher in bf16 or fp16 where PyTorch deems it safe; recorded in the store."""
     tf32: bool = False
