@@ -52,7 +52,7 @@ def make(folder: Path, photos: int, crops: int) -> list[LabelStore]:
     for layout in LAYOUTS:
         settings = LabelSettings(
             data, "python:lite0_teacher:make", folder / layout, crops, layout=layout, limit=photos, skip_preflight=True
-        )  # type: ignore[arg-type]
+        )
         store = label(settings)
         assert store is not None
         stores.append(store)
@@ -144,7 +144,7 @@ def prepare_trial(work: Path, epochs: float | None, photos: int) -> Trial:
         asked = LabelSettings(data, f"run:{work / 'teacher'}", work, 40, flip=False)
     stores = {layout: work / "labels" / layout for layout in LAYOUTS}
     for layout in LAYOUTS:
-        label(dataclasses.replace(asked, out=stores[layout], layout=layout))  # type: ignore[arg-type]
+        label(dataclasses.replace(asked, out=stores[layout], layout=layout))
     config = dataclasses.replace(config, workers=0, eval_every=2 * config.epochs)
     return Trial(data, stores, student, config)
 

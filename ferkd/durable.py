@@ -37,6 +37,13 @@ def naming_file(path: Path) -> Iterator[None]:
         raise StoreError(f"{path}: {what}. What was labelled so far is safe: run the same command again to go on") from error
 
 
+def cache_folder() -> Path:
+    """Where fetched stores and indices of tars are kept: $FERKD_CACHE, else $XDG_CACHE_HOME/ferkd, else ~/.cache/ferkd."""
+    if chosen := os.environ.get("FERKD_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ferkd"
+
+
 def write_all(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:

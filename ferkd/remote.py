@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ferkd.durable import sync_folder
+from ferkd.durable import cache_folder, sync_folder
 from ferkd.errors import InputError, StoreError, one_line
 from ferkd.manifest import Manifest, Shard, file_sha256, read_manifest
 
@@ -72,13 +72,6 @@ def refuse_url(path: str | os.PathLike[str], flag: str) -> None:
             f"{flag}: {shown(url)} is not on this machine; write into a local folder and copy it when it is finished "
             "(hf upload OWNER/NAME FOLDER --repo-type dataset; aws s3 sync FOLDER s3://...; rsync)"
         )
-
-
-def cache_folder() -> Path:
-    """Where fetched stores are kept: $FERKD_CACHE, else ~/.cache/ferkd (or below $XDG_CACHE_HOME)."""
-    if chosen := os.environ.get("FERKD_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ferkd"
 
 
 def is_cached(path: Path) -> bool:
@@ -180,10 +173,11 @@ class _Place:
                         f"{self.name}: access to {file} was refused ({self._words(error)}); log in as the service has it "
                         "(hf auth login, aws configure)"
                     ) from error
-                if attempt == attempts - 1 or (status is not None and 400 <= status < 500 and status not in (408, 429)):
-                    raise _Unreachable(
-                        f"{self.name}: {file} cannot be fetched ({self._words(error)}); start the same command again to go on"
-                    ) from error
+                text = f"{self.name}: {file} cannot be fetched ({self._words(error)}); start the same command again to go on"
+                if status is not None and 400 <= status < 500 and status not in (408, 429):
+                    raise StoreError(text) from error  # an answer, and a no
+                if attempt == attempts - 1:
+                    raise _Unreachable(text) from error
                 time.sleep(WAIT_S * 2**attempt)
         raise AssertionError
 
@@ -224,18 +218,18 @@ def _fetch(place: _Place, manifest: Manifest, folder: Path) -> None:
             "set FERKD_CACHE to a folder on a larger disk"
         )
     _say(f"{place.name}: fetching {len(missing):,} files, {size / 2**20:,.1f} MiB, into {folder}")
-    told, done, guard, stop = time.monotonic(), [0], threading.Lock(), threading.Event()
+    told, done, guard, stop = time.monotonic(), 0, threading.Lock(), threading.Event()
 
     def one(file: Shard) -> None:
-        nonlocal told
+        nonlocal told, done
         if stop.is_set():
             return
         _fetch_one(place, file, folder)
         with guard:
-            done[0] += file.bytes
+            done += file.bytes
             if time.monotonic() - told > SAY_S:
                 told = time.monotonic()
-                _say(f"{place.name}: {done[0] / 2**20:,.1f} of {size / 2**20:,.1f} MiB")
+                _say(f"{place.name}: {done / 2**20:,.1f} of {size / 2**20:,.1f} MiB")
 
     with ThreadPoolExecutor(DOWNLOADS) as pool:
         for result in [pool.submit(one, file) for file in missing]:

@@ -206,13 +206,12 @@ def quiet(arguments: list[str]) -> tuple[int, str]:
 def answers() -> list[tuple[str, int, str]]:
     """What each kind of bad input gets: (kind, exit status, the line that says it)."""
     found = []
-    before, cache = Path.cwd(), os.environ.get("XDG_CACHE_HOME")
+    before, cache = Path.cwd(), os.environ.get("FERKD_CACHE")
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
+        os.environ["FERKD_CACHE"] = f"{folder}/cache"
         whole = Path(folder) / "whole"
         write_photos(whole / "data")
         write_store(whole / "data", whole / "labels")
-        os.environ["FERKD_CACHE"] = str(Path(folder) / "cache")
         try:
             for number, (kind, spoil, command) in enumerate(CASES):
                 work = Path(folder) / f"case{number}"
@@ -227,8 +226,8 @@ def answers() -> list[tuple[str, int, str]]:
                 found.append((kind, status, lines[-1].removeprefix(f"ferkd {command[0]}: ").strip()))
         finally:
             os.chdir(before)
-            os.environ.pop("XDG_CACHE_HOME")
-            os.environ.update({} if cache is None else {"XDG_CACHE_HOME": cache})
+            os.environ.pop("FERKD_CACHE")
+            os.environ.update({} if cache is None else {"FERKD_CACHE": cache})
     return found
 
 

@@ -16,7 +16,7 @@ SPLITS = {"train": "train", "val": "val"}
 
 def images_of(data: Path, split: str) -> list[tuple[str, str, bytes]]:
     """(path, class, bytes) of a folder's images, in ferkd's order."""
-    found = scan_split(data, split)  # type: ignore[arg-type]
+    found = scan_split(data, split)
     return [(path, found.folders[folder], found.photos.read(path)) for path, folder in zip(found.paths, found.folder_of, strict=True)]
 
 

@@ -47,7 +47,7 @@ def run_shell(content: str) -> str:
         if program == "ferkd":
             status: object = 0
             try:
-                said += said_by(lambda arguments=arguments: main(arguments))  # type: ignore[misc]
+                said += said_by(lambda arguments=arguments: main(arguments))
             except SystemExit as end:
                 status = end.code
             assert not status, f"{line}: exit status {status}"
@@ -78,7 +78,7 @@ def walk(text: str) -> int:
         if language == "sh":
             said = run_shell(content)
         elif language == "python":
-            said = said_by(lambda content=content: exec(compile(content, "guide.md", "exec"), {}))  # type: ignore[misc]
+            said = said_by(lambda content=content: exec(compile(content, "guide.md", "exec"), {}))
         elif language == "text":
             assert_shown(content, said)
             compared += 1

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tiny_teachers import GREYS
 
-from ferkd import label_batches, labeling, store_writing
+from ferkd import label_batches, label_plan, labeling, store_writing
 from ferkd.crops import take_crop
 from ferkd.errors import CheckFailed, InputError, Stopped, StoreError
 from ferkd.labeling import LabelSettings, label, plan_job
@@ -117,6 +117,13 @@ def test_every_photo_is_decoded_once(settings, monkeypatch):
     monkeypatch.setattr(label_batches, "read_photo", lambda photos, path, **how: read.append(path) or read_photo(photos, path, **how))
     label(settings)
     assert len(read) == len(set(read)) == 176
+
+
+@pytest.mark.parametrize(("cores", "threads", "expected"), [(2, 2, 0), (2, 1, 1), (4, 4, 0), (64, 64, 1)])
+def test_a_teacher_that_has_all_of_few_cores_shares_them_with_no_thread(monkeypatch, cores, threads, expected):
+    monkeypatch.setattr(label_plan.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(label_plan.torch, "get_num_threads", lambda: threads)
+    assert label_plan._threads_beside_a_cpu() == expected
 
 
 def test_the_number_of_threads_changes_nothing(settings, uninterrupted, monkeypatch):

@@ -14,6 +14,7 @@ import urllib.parse
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -298,7 +299,7 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(server: Server, store:
 
 
 def test_a_disk_without_room_is_said_before_anything_is_fetched(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1))  # type: ignore[attr-defined]
+    monkeypatch.setattr(remote.shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
     with pytest.raises(StoreError, match=r"needs .* MiB here and .* are free; make room, or set FERKD_CACHE"):
         LabelStore(f"{server.url}/labels")
     assert server.asked["/labels/index.bin"] == 0

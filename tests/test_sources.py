@@ -32,7 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     pytest.importorskip("datasets")
     patch = pytest.MonkeyPatch()
     root = tmp_path_factory.mktemp("sources")
-    patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
+    patch.setenv("FERKD_CACHE", str(root / "cache"))
     patch.syspath_prepend(str(Path(__file__).parent))
     write_photos(root / "photos")
     (root / "photos/train/green/5.png").write_bytes(b"no picture")
@@ -70,7 +70,7 @@ def test_labels_are_those_of_the_same_photographs_in_folders(place: Path, kind: 
         ours, theirs = folder.read(image), other.read(image)
         assert np.array_equal(ours.label_words, theirs.label_words)
         assert ours.box_words is not None
-        assert np.array_equal(ours.box_words, theirs.box_words)  # type: ignore[arg-type]
+        assert np.array_equal(ours.box_words, theirs.box_words)
         assert (ours.target, ours.width, ours.height, ours.photo_crc) == (theirs.target, theirs.width, theirs.height, theirs.photo_crc)
     assert dict(folder.folders) == dict(other.folders)
     reasons = list(other.manifest.failed.values())
@@ -211,8 +211,8 @@ def test_a_plain_path_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     assert source_of("hub").has("val")
     assert source_of(Path("hub")).has("train")
-    assert not source_of("hub").has("test")  # type: ignore[arg-type]
-    assert os.fspath(scan_split("hub", "train").photos.root) == "hub/train"  # type: ignore[attr-defined]
+    assert not source_of("hub").has("test")
+    assert os.fspath(scan_split("hub", "train").photos.root) == "hub/train"
 
 
 def test_hard_labels_keep_the_datasets_own_order_and_are_told_from_other_rows(place: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ferkd.classes import some
+from ferkd.durable import cache_folder
 from ferkd.errors import InputError
 from ferkd.manifest import is_inside
 from ferkd.sources import IMAGE_EXTENSIONS
@@ -236,7 +237,7 @@ def read_index(title: str, files: Sequence[Path]) -> TarIndex:
         shards.append((file, found.st_size, found.st_mtime_ns))
         key.update(f"{file.name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     place = hashlib.sha256(os.fsencode(files[0].parent.resolve()) + title.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    cache = _cache_folder() / f"tars-{place}.npz"
+    cache = cache_folder() / f"tars-{place}.npz"
     arrays = _cached(cache, key.digest())
     if arrays is None:
         try:
@@ -248,10 +249,6 @@ def read_index(title: str, files: Sequence[Path]) -> TarIndex:
     paths = PathTable(arrays["blob"].tobytes(), arrays["offsets"])
     where = arrays["shard_of"], arrays["at"], arrays["size"]
     return TarIndex(tuple(shards), paths, *where, arrays["label_of"], tuple(text["labels"]), tuple(text["odd"]))
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ferkd"
 
 
 def _cached(cache: Path, key: bytes) -> dict[str, NDArray[Any]] | None:
@@ -272,5 +269,5 @@ def _keep(cache: Path, key: bytes, arrays: dict[str, NDArray[Any]]) -> None:
     with contextlib.suppress(OSError):  # no cache, no harm
         cache.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            np.savez(file, key=np.frombuffer(key, np.uint8), **arrays)  # type: ignore[arg-type]
+            np.savez(file, key=np.frombuffer(key, np.uint8), **arrays)  # type: ignore[arg-type]  # no array is named allow_pickle
         os.replace(temporary, cache)
