@@ -357,6 +357,10 @@ def test_a_cell_gets_ten_seeds_by_the_rule_and_only_then(place):
     assert sorted({seed for _, seed in extended.runs()}) == list(range(10))
     assert len(list(extended.runs())) == 6 * 5 + 3 * 5
 
+    later = dataclasses.replace(tiny_study(), name="later")
+    left = run.Queue([lambda results: extended, lambda results: later], place, run.Children(1)).left()
+    assert [study.name for study, _, _ in left] == ["later"] * 3 + ["tiny"] * 15, "the further seeds wait until every study has its own"
+
 
 # ---- The tables ------------------------------------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ import ferkd
 from bench import machine
 from bench.convergence.datasets import Images, prepare
 from bench.convergence.results import CURVE_COLUMNS, RUN_COLUMNS, append_rows, curves_file, read_rows, runs_file
-from bench.convergence.settings import TEACHERS, Arm, Study
+from bench.convergence.settings import EXTENSION, TEACHERS, Arm, Study
 from bench.convergence.stores import Labelling, Labels, derive
 from bench.convergence.studies import ALL_STUDIES, STUDIES, NotTuned
 from ferkd.store import LabelStore
@@ -322,7 +322,7 @@ class Queue:
                 for arm, seed in study.runs()
                 if (arm.config, str(seed)) not in done and (study.name, arm.config, seed) not in others
             ]
-        return runs
+        return sorted(runs, key=lambda run: run[2] in EXTENSION)  # every study's planned seeds before any study's further ones
 
     def work(self) -> None:
         """What each thread does until nothing is left, or all are asked to stop."""
