@@ -329,6 +329,8 @@ def test_tuning_chooses_by_its_rules_and_what_waits_for_it_is_made_afterwards(tm
         assert len(set(runs)) == len(runs), study.name
         for arm in study.arms:
             if arm.labels:
+                policy = arm.method.policy
+                assert policy.discard_above > policy.discard_below, "something is left to learn from"
                 assert arm.labels.labelling.teacher in settings.TEACHERS
                 assert arm.labels.labelling.crops >= arm.labels.crops
             assert arm.images.held_out == study.name.removeprefix("imagenette-").startswith("tune")
@@ -445,3 +447,6 @@ def test_why_counts_the_teacher_against_what_is_told_and_what_is_true(place, tmp
     assert [regions[name]["crops"] for name in ("discarded", "calibrated", "kept")] == counted.regions.tolist()
     agreement = [float(regions[name]["teacher_as_told"]) for name in ("discarded", "calibrated", "kept")]
     np.testing.assert_allclose(agreement, (counted.region_agree / counted.regions).tolist(), atol=1e-4)
+    longer, varied = dataclasses.replace(arm.recipe, steps=99), dataclasses.replace(arm, varied="k = 1")
+    fkd = dataclasses.replace(arm, method=FKD)
+    assert why.stores_and_policies([arm, dataclasses.replace(arm, recipe=longer), varied, fkd]) == [dataclasses.replace(arm, recipe=longer)]

@@ -231,7 +231,7 @@ def ablations(results: Path) -> Study:
                 if (discard, calibrate) != (0.0, 0.0):
                     add(f"thresholds = discard below {discard:g}, calibrate below {calibrate:g}", ferkd(name, discard, calibrate), images)
         for above in (0.999, 0.99, 0.9):
-            if above >= max(low, middle):
+            if above > max(low, middle):  # or nothing would be left
                 add(f"discard above = {above:g}", ferkd(name, low, middle, discard_above=above), images)
         for smoothing in (0.0, 0.3):
             # Where tuning calibrates nothing, smoothing acts on nothing: it is tried with calibration then.

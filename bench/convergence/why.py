@@ -13,7 +13,7 @@ import argparse
 import csv
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,12 @@ def counted(arm: Arm, store: LabelStore, truth: dict[str, str]) -> Iterator[dict
                 yield {**same, "by": by, "group": name, "crops": int(inside.sum()), **{n: f"{v[inside].mean():.4f}" for n, v in shares}}
 
 
+def stores_and_policies(arms: Iterable[Arm]) -> list[Arm]:
+    """Of FerKD's arms on whole sets one for each store and policy, whatever the budget and the mixing."""
+    asked = (a for a in arms if a.labels is not None and a.method.name.startswith("FerKD (") and not a.varied and not a.images.held_out)
+    return list({(a.labels, a.method.policy): a for a in asked}.values())
+
+
 def _crops(arm: Arm, store: LabelStore, truth: dict[str, str]) -> Iterator[Sequence[np.ndarray]]:
     """Of an image's crops [M]: confidence, scale, whether the teacher says what the folder says, and what is true, whether the folder does,
     and the teacher's largest probability."""
@@ -80,11 +86,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "results" / "convergence-why.csv")
     options = parser.parse_args()
     rows = []
-    for arm in dict.fromkeys(arm for study in made(list(STUDIES.values()), options.out.parent) for arm in study.arms):
-        is_asked = arm.labels is not None and arm.method.name.startswith("FerKD (") and not arm.varied and not arm.images.held_out
+    for arm in stores_and_policies(arm for study in made(list(STUDIES.values()), options.out.parent) for arm in study.arms):
         path = options.work / "labels" / arm.labels.name if arm.labels else options.work
         source = options.work / "data" / arm.images.source / "train"
-        if is_asked and (path / "manifest.json").exists() and source.is_dir():
+        if (path / "manifest.json").exists() and source.is_dir():
             print(f"{path.name}: {arm.method.name}", flush=True)
             truth = {image.name: image.parent.name for image in source.glob("*/*")}
             rows += list(counted(arm, LabelStore(path), truth))
