@@ -19,8 +19,13 @@ COLOURS = dict(zip(METHODS, ("#adb5bd", "#5c6b73", "#30638e", "#7fb2d9", "#edae4
 def methods_picture(rows: Sequence[Row], path: Path, column: str = "top1_last") -> Path:
     """Top-1 at the last step by method, a panel a cell: every seed, and mean ± standard deviation."""
     found = cells(rows)
-    figure = Figure(figsize=(3.4 * max(1, len(found)), 3.2), dpi=110)
-    for axes, (cell, methods) in zip(np.ravel(figure.subplots(1, max(1, len(found)), squeeze=False)), found.items(), strict=True):
+    across = min(2, max(1, len(found)))
+    down = -(-len(found) // across) or 1
+    figure = Figure(figsize=(4.2 * across, 2.7 * down), dpi=110)
+    panels = np.ravel(figure.subplots(down, across, squeeze=False))
+    for axes in panels[len(found) :]:
+        axes.set_visible(False)
+    for axes, (cell, methods) in zip(panels, found.items(), strict=False):
         for place, (name, runs) in enumerate(methods.items()):
             values = [100 * value for value in top1(runs, column).values()]
             axes.plot(values, [place] * len(values), "o", markersize=3, alpha=0.5, color=COLOURS[name])
@@ -28,7 +33,7 @@ def methods_picture(rows: Sequence[Row], path: Path, column: str = "top1_last") 
             axes.errorbar(statistics.fmean(values), place, xerr=deviation, fmt="|", markersize=12, capsize=3, color=COLOURS[name])
         axes.set_yticks(range(len(methods)), list(methods), fontsize=7)
         axes.invert_yaxis()
-        axes.set_title(f"{cell.teacher}, {cell.wrong:.0%} wrong", fontsize=9)
+        axes.set_title(f"teacher {cell.teacher}, {cell.wrong:.0%} wrong ground truth", fontsize=9)
         axes.set_xlabel("top-1 at the last step, %", fontsize=8)
         axes.tick_params(axis="x", labelsize=7)
         axes.grid(axis="x", linewidth=0.4)
@@ -89,6 +94,7 @@ def why_picture(rows: Sequence[Row], path: Path) -> Path:
     """How often the teacher is right by band of confidence, and how many crops lie there: a line a store."""
     figure = Figure(figsize=(9.0, 6.0), dpi=110)
     panels = figure.subplots(2, 2, sharex=True)
+    colours: dict[tuple[str, str], str] = {}
     for column, confidence in enumerate(("max", "target")):
         right, share = panels[:, column]
         mine = [row for row in rows if row["by"] == "confidence" and row["confidence"] == confidence]
@@ -97,8 +103,10 @@ def why_picture(rows: Sequence[Row], path: Path) -> Path:
             x = [float(row["group"][:4]) + 0.025 for row in points]
             crops = sum(int(row["crops"]) for row in points)
             label = f"{key[1]}, {float(key[2]):.0%} wrong, from {key[3]}"
-            right.plot(x, [100 * float(row["teacher_true"]) for row in points], marker=".", linewidth=1, label=label)
-            share.semilogy(x, [100 * int(row["crops"]) / crops for row in points], marker=".", linewidth=1)
+            colour = colours.setdefault((key[1], key[3]), f"C{len(colours)}")
+            style = {"marker": ".", "linewidth": 1.0, "color": colour, "linestyle": "--" if float(key[2]) else "-"}
+            right.plot(x, [100 * float(row["teacher_true"]) for row in points], label=label, **style)
+            share.semilogy(x, [100 * int(row["crops"]) / crops for row in points], **style)
         right.set_title(f"confidence: {'the largest probability' if confidence == 'max' else 'of the ground truth'}", fontsize=9)
         right.set_ylabel("teacher right, %")
         share.set_ylabel("share of crops, %")

@@ -235,7 +235,8 @@ def ablations(results: Path) -> Study:
                 add(f"discard above = {above:g}", ferkd(name, low, middle, discard_above=above), images)
         for smoothing in (0.0, 0.3):
             # Where tuning calibrates nothing, smoothing acts on nothing: it is tried with calibration then.
-            add(f"smoothing = {smoothing:g}", ferkd(name, low, middle or max(low, 0.6), smoothing=smoothing), images)
+            calibrate = middle or (0.6 if low < 0.6 else (1.0 + low) / 2)
+            add(f"smoothing = {smoothing:g}", ferkd(name, low, calibrate, smoothing=smoothing), images)
 
     base = tuned.ferkd(FEW)
     for k in (1, 3, 10):
@@ -246,6 +247,8 @@ def ablations(results: Path) -> Study:
         add(f"stored crops = {crops}", base, labels=few_labels(FEW, crops=crops))
     for m in (1, 2, 8):
         add(f"crops an image = {m}", base, crops_per_image=m)
+    for method in (FKD, SMOOTH):  # added when the rows above had shown that this matters more than the method
+        add("crops an image = 1", method, crops_per_image=1)
     add("label codec = packed", base, labels=few_labels(FEW, codec="packed"))
     for method in (base, FKD):
         add("teacher fed = wrong normalisation", method, labels=few_labels(FEW, "resnet56-unnormalised", flags=("--skip-preflight",)))
