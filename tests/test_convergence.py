@@ -12,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from photos import write_photos, write_store
 from scipy import stats
+from torch import nn
 
-from bench.convergence import analyse, datasets, run, settings, studies, tables, why
+from bench.convergence import analyse, datasets, models, run, settings, studies, tables, why
 from bench.convergence.datasets import Images, prepare
 from bench.convergence.paired import holm, paired_difference
 from bench.convergence.results import CURVE_COLUMNS, RUN_COLUMNS, append_rows, curves_file, read_rows, runs_file
@@ -362,6 +364,20 @@ def test_a_cell_gets_ten_seeds_by_the_rule_and_only_then(place):
     later = dataclasses.replace(tiny_study(), name="later")
     left = run.Queue([lambda results: extended, lambda results: later], place, run.Children(1)).left()
     assert [study.name for study, _, _ in left] == ["later"] * 3 + ["tiny"] * 15, "the further seeds wait until every study has its own"
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_shortcut_drops_every_second_pixel_and_so_does_its_gradient(stride):
+    x = torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last).requires_grad_()
+    block = models._Block(4, 8, stride)
+    nn.init.zeros_(block.bn2.weight)  # silences the residual: the shortcut alone is left
+    shown = block(x)
+    expected = torch.relu(x[:, :, ::stride, ::stride])
+    assert torch.equal(shown[:, 2:6], expected)
+    assert not shown[:, [0, 1, 6, 7]].any(), "the further channels are zeros"
+    (gradient,) = torch.autograd.grad(shown.sum(), x)
+    (wanted,) = torch.autograd.grad(expected.sum(), x)
+    assert torch.equal(gradient, wanted)
 
 
 # ---- The tables ------------------------------------------------------------------------------------------------------------------

@@ -87,7 +87,8 @@ def main() -> int:
     options = parser.parse_args()
     rows = []
     for arm in stores_and_policies(arm for study in made(list(STUDIES.values()), options.out.parent) for arm in study.arms):
-        path = options.work / "labels" / arm.labels.name if arm.labels else options.work
+        assert arm.labels is not None
+        path = options.work / "labels" / arm.labels.name
         source = options.work / "data" / arm.images.source / "train"
         if (path / "manifest.json").exists() and source.is_dir():
             print(f"{path.name}: {arm.method.name}", flush=True)
