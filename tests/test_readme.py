@@ -24,6 +24,8 @@ NOT_RUN = {
     "make test": "is what runs this test",
     "make lint type bench sanitize": "developers' own, and long",
     'pip install --no-build-isolation -e ".[timm,plots]"': "changes the environment that runs this test",
+    "python -m bench.convergence.run --work DIR": "takes hours; tests/test_convergence.py runs it on studies of its own",
+    "python -m bench.convergence.analyse": "redraws bench/results; tests/test_convergence.py runs it on rows of its own",
     "python setup.py build_ext --inplace": "replaces the extension that is being tested",
     "torchrun --nproc-per-node 8 -m ferkd label ...": "abridged; tests/test_label_crew.py runs torchrun",
     "torchrun --nproc-per-node 8 -m ferkd train ...": "abridged; tests/test_train_distributed.py runs torchrun",
