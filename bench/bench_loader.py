@@ -87,7 +87,7 @@ class FKDStyle(Dataset[tuple[Tensor, Tensor]]):
         self.boxes = []
         for image in crops.usable.tolist():
             labels = crops.store.read(image)
-            self.boxes.append(labels.boxes(crops._walk(labels)))
+            self.boxes.append(labels.boxes(crops.walks([labels])[0]))
 
     def __len__(self) -> int:
         return len(self.crops)

@@ -22,10 +22,10 @@ from ferkd.crops import CropSettings, Interpolation, center_view, draw_crops, ta
 from ferkd.errors import InputError, StoreError
 from ferkd.photos import DecodedSource, SplitPhotos
 from ferkd.process import LARGER
-from ferkd.regions import Region, RegionPolicy, confidence_of, region_of
+from ferkd.regions import Region, RegionPolicy, region_of
 from ferkd.sources import Split
 from ferkd.store import ImageLabels, LabelStore
-from ferkd.stream import StreamSampler, Visit, crop_order
+from ferkd.stream import StreamSampler, Visit, in_order, keyed_hash
 
 # ------------------------------------------------------------------------------------------------------------------- the pixels
 
@@ -83,6 +83,8 @@ def cut_crops(photo: Tensor, boxes: np.ndarray, flips: np.ndarray, view: CropVie
 
 REMEMBERED_WALKS = 16_384
 """Images whose walk a loader process keeps: 13 MB at 200 crops, whatever the size of the store."""
+READ_TOGETHER = 64
+"""Visits whose labels are read, and their walks found, at once: one by one, the calls cost more than the work."""
 
 
 class StoredCrops(Dataset[ImageCrops]):
@@ -98,26 +100,37 @@ class StoredCrops(Dataset[ImageCrops]):
         return len(self.usable)
 
     def __getitem__(self, visit: Visit) -> ImageCrops:
-        image = int(self.usable[visit.image])
-        labels = self.store.read(image)
-        walk = self._walk(labels)
+        (item,) = self.each([visit])
+        return item
+
+    def each(self, visits: Sequence[Visit]) -> Iterator[ImageCrops]:
+        """What the visits bring, one after the other: the same as indexing with each of them, at less cost."""
+        for first in range(0, len(visits), READ_TOGETHER):
+            together = visits[first : first + READ_TOGETHER]
+            labels = [self.store.read(int(self.usable[visit.image])) for visit in together]
+            walks = self.walks(labels)
+            for visit, of_image, walk in zip(together, labels, walks, strict=True):
+                yield self._cut(visit, of_image, walk)
+
+    def walks(self, labels: Sequence[ImageLabels]) -> list[npt.NDArray[np.int32]]:
+        """Each image's surviving crops in the order of its walk. Remembered, which on small datasets halves the cost of a visit."""
+        if len(self._walks) + len(labels) > REMEMBERED_WALKS:
+            self._walks.clear()
+        new = list({of_image.image: of_image for of_image in labels if of_image.image not in self._walks}.values())
+        if new:
+            numbers = np.array([of_image.image for of_image in new])
+            hashes = keyed_hash(self.seed, numbers[:, None], np.arange(self.store.crops))
+            for of_image, row, survives in zip(new, hashes, surviving_crops(self.store, new, self.policy), strict=True):
+                survivors = np.flatnonzero(survives)
+                self._walks[of_image.image] = survivors[in_order(row[: len(survivors)])].astype(np.int32)
+        return [self._walks[of_image.image] for of_image in labels]
+
+    def _cut(self, visit: Visit, labels: ImageLabels, walk: npt.NDArray[np.int32]) -> ImageCrops:
         crops = walk[(visit.walk + np.arange(visit.crops)) % len(walk)]
         boxes, flips = labels.boxes(crops)
-        photo = self.photos(image)
-        pixels = cut_crops(photo, boxes, flips, self.view)
+        pixels = cut_crops(self.photos(labels.image), boxes, flips, self.view)
         words = torch.from_numpy(labels.label_words[crops].view(np.int32))
         return ImageCrops(pixels, words, labels.target)
-
-    def _walk(self, labels: ImageLabels) -> npt.NDArray[np.int32]:
-        """The image's surviving crops in the order of its walk. Remembered, which on small datasets halves the cost of a visit."""
-        walk = self._walks.get(labels.image)
-        if walk is None:
-            survivors = surviving_crops(self.store, labels, self.policy)
-            walk = survivors[crop_order(len(survivors), self.seed, labels.image)].astype(np.int32)
-            if len(self._walks) == REMEMBERED_WALKS:
-                self._walks.clear()
-            self._walks[labels.image] = walk
-        return walk
 
 
 MOST_UNREADABLE = 100
@@ -162,20 +175,20 @@ class FreshCrops(Dataset[ImageCrops]):
         return ImageCrops(pixels, None, int(self.targets[image]), teacher_pixels, tuple(unreadable))
 
 
-def surviving_crops(store: LabelStore, labels: ImageLabels, policy: RegionPolicy) -> np.ndarray:
-    """The numbers of an image's crops that the policy does not discard, int64, in stored order. Raises StoreError if there is none."""
+def surviving_crops(store: LabelStore, labels: Sequence[ImageLabels], policy: RegionPolicy) -> npt.NDArray[np.bool_]:
+    """Which crops of some images the policy does not discard, bool [images, M]. Raises StoreError for an image that has none."""
     if not policy.discards:
-        return np.arange(store.crops)
-    ids, probs = store.unpack(labels.label_words)
-    target = torch.full((store.crops,), labels.target)
-    confidence = confidence_of(torch.from_numpy(ids), torch.from_numpy(probs), target, store.classes, policy.confidence)
-    survivors = np.flatnonzero(region_of(confidence, policy).numpy() != Region.DISCARDED)
-    if len(survivors) == 0:
+        return np.ones((len(labels), store.crops), np.bool_)
+    words = np.concatenate([of_image.label_words for of_image in labels])
+    confidence = store.confidence(words, np.array([of_image.target for of_image in labels]), policy.confidence)
+    survives: npt.NDArray[np.bool_] = region_of(torch.from_numpy(confidence), policy).numpy() != Region.DISCARDED
+    if not survives.any(axis=1).all():
+        path = labels[int(np.flatnonzero(~survives.any(axis=1))[0])].path
         raise StoreError(
-            f"{store.source}: {labels.path} has no crop left under {policy}, though the policy's list of usable images names it; "
+            f"{store.source}: {path} has no crop left under {policy}, though the policy's list of usable images names it; "
             f"delete {store.path}/policies"
         )
-    return survivors
+    return survives
 
 
 def gather(dataset: Dataset[ImageCrops], visits: Sequence[Visit]) -> CropBatch:
@@ -186,16 +199,16 @@ def gather(dataset: Dataset[ImageCrops], visits: Sequence[Visit]) -> CropBatch:
     rows = sum(visit.crops for visit in visits)
     pixels, teacher_pixels, words, targets, row = None, None, [], [], 0
     unreadable: list[str] = []
-    for visit in visits:
-        item = dataset[visit]
+    for item in dataset.each(visits) if isinstance(dataset, StoredCrops) else map(dataset.__getitem__, visits):
+        crops = len(item.pixels)
         # Copied at once, while a crop is still in the processor's cache; its own memory then serves the next one.
         pixels = _put(item.pixels, row, pixels, rows)
         if item.teacher_pixels is not None:
             teacher_pixels = _put(item.teacher_pixels, row, teacher_pixels, rows)
         words += [] if item.words is None else [item.words]
-        targets += [item.target] * visit.crops
+        targets += [item.target] * crops
         unreadable += item.unreadable
-        row += visit.crops
+        row += crops
     assert pixels is not None
     return CropBatch(pixels, torch.cat(words) if words else None, torch.tensor(targets), teacher_pixels, tuple(unreadable))
 

@@ -294,10 +294,6 @@ class LabelStore:
     ) -> Iterator[tuple[list[int], npt.NDArray[np.float32]]]:
         """The confidence of every crop of the store, some images at a time: their numbers, and float32 [images, M]. Images that could
         not be read when they were labelled are left out."""
-        import torch
-
-        from ferkd.regions import confidence_of
-
         n, m = len(self), self.crops
         step = max(1, _SCAN_CROPS // m)
         words = np.empty((step, m, self.label_width), np.uint32)
@@ -309,16 +305,22 @@ class LabelStore:
                     words[len(images)] = labels.label_words
                     images.append(image)
             if images:
-                rows = words[: len(images)].reshape(-1, self.label_width)
-                if kind == "max":
-                    confidence = top_probabilities(rows, self.label_codec, self.k, self.classes)
-                else:
-                    ids, probs = (torch.from_numpy(part) for part in self.unpack(rows))
-                    target = torch.from_numpy(self.targets[images].astype(np.int64)).repeat_interleave(m)
-                    confidence = confidence_of(ids, probs, target, self.classes, kind).numpy()
-                yield images, confidence.reshape(-1, m)
+                yield images, self.confidence(words[: len(images)].reshape(-1, self.label_width), self.targets[images], kind)
             if progress:
                 progress(min(first + step, n), n)
+
+    def confidence(self, words: npt.NDArray[np.uint32], targets: npt.NDArray[np.integer[Any]], kind: Confidence) -> npt.NDArray[np.float32]:
+        """The confidence of every crop of some images, float32 [n, M], from their label words [n x M, W] and ground truth [n]."""
+        if kind == "max":
+            return top_probabilities(words, self.label_codec, self.k, self.classes).reshape(-1, self.crops)
+        import torch
+
+        from ferkd.regions import confidence_of
+
+        ids, probs = (torch.from_numpy(part) for part in self.unpack(words))
+        target = torch.from_numpy(targets.astype(np.int64)).repeat_interleave(self.crops)
+        confidence: npt.NDArray[np.float32] = confidence_of(ids, probs, target, self.classes, kind).numpy()
+        return confidence.reshape(-1, self.crops)
 
     def check_integrity(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Reads every byte of the store and compares all hashes. Raises StoreError that names each damaged file, and images where possible.

@@ -59,7 +59,12 @@ def permuted(positions: np.ndarray, size: int, *key: int, inverse: bool = False)
 
 def crop_order(size: int, seed: int, image: int) -> np.ndarray:
     """The order, int64 [size], in which an image's surviving crops are walked."""
-    return np.argsort(keyed_hash(seed, image, np.arange(size)), kind="stable")
+    return in_order(keyed_hash(seed, image, np.arange(size)))
+
+
+def in_order(hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """The order that the keyed hashes of a walk's places give it."""
+    return np.argsort(hashes, kind="stable")
 
 
 # ------------------------------------------------------------------------------------------------------------------- the stream

@@ -35,7 +35,7 @@ from ferkd.regions import Region, RegionPolicy, confidence_of, region_of
 from ferkd.sources import scan_split
 from ferkd.sources.folders import FolderPhotos
 from ferkd.store import LabelStore
-from ferkd.stream import CropStream, Phase, StreamSampler, Visit
+from ferkd.stream import CropStream, Phase, StreamSampler, Visit, crop_order
 
 VIEW = CropView(16)
 
@@ -112,10 +112,10 @@ def test_images_without_survivors_are_left_out_and_counted(photos: Path, store: 
     scan = store.scan(strict)
     for image in range(len(store)):
         if scan.usable[image]:
-            assert len(surviving_crops(store, store.read(image), strict))
+            assert surviving_crops(store, [store.read(image)], strict).any()
         else:
             with pytest.raises(StoreError, match="no crop left"):
-                surviving_crops(store, store.read(image), strict)
+                surviving_crops(store, [store.read(image)], strict)
     assert 0 < scan.usable.sum() < len(store)
 
 
@@ -150,6 +150,32 @@ def test_rows_are_image_major(photos: Path, store: LabelStore) -> None:
     assert first.words is not None
     assert second.words is not None
     assert torch.equal(batch.words, torch.cat([first.words, second.words]))
+
+
+@pytest.mark.parametrize("policy", [RegionPolicy(), RegionPolicy(0.6), RegionPolicy(0.2, discard_above=0.9, confidence="target")])
+def test_visits_read_together_are_those_read_one_by_one(
+    photos: Path, store: LabelStore, policy: RegionPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ferkd.data, "READ_TOGETHER", 4)
+    monkeypatch.setattr(ferkd.data, "REMEMBERED_WALKS", 10)  # forgets while it reads
+    usable = np.flatnonzero(store.scan(policy).usable)
+    visits = [Visit(place % len(usable), walk, 2) for walk, place in enumerate([0, 1, 1, 2, 3, *range(len(usable)), 5, 5, 0])]
+    words, targets = [], []
+    for visit in visits:
+        labels = store.read(int(usable[visit.image]))
+        ids, probs = (torch.from_numpy(part) for part in store.unpack(labels.label_words))
+        confidence = confidence_of(ids, probs, torch.full((store.crops,), labels.target), store.classes, policy.confidence)
+        survivors = np.flatnonzero(region_of(confidence, policy).numpy() != Region.DISCARDED)
+        order = crop_order(len(survivors), 0, labels.image)
+        words += [labels.label_words[survivors[order[(visit.walk + crop) % len(order)]]] for crop in range(2)]
+        targets += [labels.target] * 2
+    dataset = stored(photos, store, policy)
+    batch = gather(dataset, visits)
+    assert batch.words is not None
+    assert np.array_equal(batch.words.numpy().view(np.uint32), np.stack(words))
+    assert batch.target.tolist() == targets
+    assert torch.equal(batch.pixels, torch.cat([stored(photos, store, policy)[visit].pixels for visit in visits]))
+    assert len(dataset._walks) <= 10
 
 
 @pytest.mark.parametrize("workers", [0, 1])
