@@ -175,7 +175,7 @@ def cifar_small_crops(results: Path) -> Study:
     for images in (CIFAR, CIFAR_WRONG):
         arms.append(cifar_arm(SMOOTH, recipe, images, "", 0.08))
         for teacher in ("resnet20", "resnet56"):
-            methods = (FKD, tuned.ferkd(images), tuned.selfmix(images))
+            methods = (FKD, tuned.method("max", images), tuned.method("target", images), tuned.selfmix(images))
             arms += [cifar_arm(method, recipe, images, teacher, 0.08) for method in methods]
     return extended(Study("cifar-small-crops", tuple(arms), FIVE), f"FerKD ({tuned.primary})", results)
 
