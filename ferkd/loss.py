@@ -105,7 +105,7 @@ def ferkd_loss(
         raise InputError(f"policy: {type(policy).__name__}; give a RegionPolicy")
 
     answer = ops.loss(
-        ops.choose(impl, logits.device.type, logits.dtype),
+        ops.choose(impl, logits.device.type, logits.dtype, logits.device.index),
         logits if logits.stride(1) == 1 else logits.contiguous(),
         words_or_ids,
         probs,

@@ -73,8 +73,9 @@ _NO_CPU = _load("ferkd._C")
 _NO_CUDA = _load("ferkd._C_cuda")
 
 
-def why_not(impl: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why a backend cannot run on logits of a device type ("cpu", "cuda", ...) and dtype, or None when it can."""
+def why_not(impl: str, device: str, dtype: torch.dtype = torch.float32, index: int | None = None) -> str | None:
+    """Why a backend cannot run on logits of a device type ("cpu", "cuda", ...) and dtype, or None when it can. `index`: which of the GPUs,
+    the current one if None."""
     if impl == "reference":
         return None
     if impl == "cpu":
@@ -84,7 +85,7 @@ def why_not(impl: str, device: str, dtype: torch.dtype = torch.float32) -> str |
     if impl == "cuda":
         if device != "cuda":
             return f"the logits are on {device}"
-        return _NO_CUDA if _NO_CUDA is not None else _why_not_on_gpu(torch.cuda.current_device())
+        return _NO_CUDA if _NO_CUDA is not None else _why_not_on_gpu(torch.cuda.current_device() if index is None else index)
     if device not in ("cpu", "cuda"):
         return f"the logits are on {device}; its launches are written for CUDA and ROCm"
     if importlib.util.find_spec("triton") is None:
@@ -109,7 +110,7 @@ _said: set[tuple[str, str]] = set()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def choose(impl: str, device: str, dtype: torch.dtype = torch.float32) -> str:
+def choose(impl: str, device: str, dtype: torch.dtype = torch.float32, index: int | None = None) -> str:
     """The backend to run: `impl` itself, or for "auto" the fastest one that can run, said once on the logger "ferkd".
 
     Raises InputError for an unknown name and for a named backend that cannot run, with the reason: nothing falls back in silence.
@@ -117,13 +118,13 @@ def choose(impl: str, device: str, dtype: torch.dtype = torch.float32) -> str:
     if impl not in IMPLS:
         raise InputError(f"impl: {impl!r} is unknown; choose one of {', '.join(IMPLS)}")
     if impl != "auto":
-        reason = why_not(impl, device, dtype)
+        reason = why_not(impl, device, dtype, index)
         if reason is not None:
             raise InputError(f"impl: {impl!r} cannot run here: {reason}")
         return impl
     reasons = {}
     for candidate in ("cpu",) if device == "cpu" else ("cuda", "triton"):
-        reason = why_not(candidate, device, dtype)
+        reason = why_not(candidate, device, dtype, index)
         if reason is None:
             if (candidate, device) not in _said:
                 _said.add((candidate, device))
@@ -172,8 +173,7 @@ def _fake(logits: Tensor, *rest: Any) -> reference.Answer:
     )
 
 
-@torch.library.impl("ferkd::scale_", "CompositeExplicitAutograd", lib=_library)
-def _scale_(grad: Tensor, upstream: Tensor) -> None:
+def _scale_without_cuda(grad: Tensor, upstream: Tensor) -> None:
     """grad [B, C] times upstream, 0-dim or [B], in place. Kernels do it in one launch that ends at once where upstream is 1."""
     if grad.device.type == "cuda" and why_not("triton", "cuda", grad.dtype) is None:
         from ferkd.kernels import scale
@@ -181,6 +181,9 @@ def _scale_(grad: Tensor, upstream: Tensor) -> None:
         scale.scale_(grad, upstream)
         return
     grad.copy_(_scaled(grad, upstream))
+
+
+torch.library.impl("ferkd::scale_", "CompositeExplicitAutograd", _scale_without_cuda, lib=_library)
 
 
 def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
@@ -224,8 +227,14 @@ def _logits_gradient(ctx: Any, upstream: Tensor | None, second: Tensor | None) -
     if not alone:
         return _scaled(grad, upstream)
     own = grad.detach()
-    _SCALE(own, upstream)
+    _scale_in_place(own, upstream)
     return own
+
+
+def _scale_in_place(grad: Tensor, upstream: Tensor) -> None:
+    """By the op; but where the CUDA part is built and cannot run (float64, another GPU), its kernel would still answer for the op."""
+    cuda_cannot = grad.device.type == "cuda" and why_not("cuda", "cuda", grad.dtype, grad.device.index) is not None
+    (_scale_without_cuda if cuda_cannot else _SCALE)(grad, upstream)
 
 
 def _owned_by_this_backward(grad: Tensor, upstream: Tensor) -> bool:

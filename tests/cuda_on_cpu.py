@@ -43,10 +43,10 @@ def load() -> str | None:
 
     real = ops.why_not
 
-    def why_not(impl: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
+    def why_not(impl: str, device: str, dtype: torch.dtype = torch.float32, index: int | None = None) -> str | None:
         if impl == "cuda" and device == "cpu" and dtype != torch.float64:
             return None
-        return real(impl, device, dtype)
+        return real(impl, device, dtype, index)
 
     ops.why_not = why_not
     return None

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from loss_cases import DTYPES, IMPLS, POLICY, OpsRun, device, labels, logits, words_of
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from ferkd import FerKDLoss, Records, RegionPolicy, ferkd_loss, ops
@@ -250,6 +251,30 @@ def test_the_cuda_part_scales_by_an_expanded_upstream_gradient():
     torch.testing.assert_close(grad, expected)
     with pytest.raises(ValueError, match="upstream: it must be"):
         torch.ops.ferkd.scale_(grad, torch.tensor(3.0))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "why_no_cuda"), [(torch.float64, None), (torch.float32, "holds no code for this GPU"), (torch.float32, None)]
+)
+def test_the_gradient_is_scaled_on_a_gpu_that_the_cuda_part_cannot_serve(dtype, why_no_cuda, monkeypatch):
+    """There its kernel, once built, would answer for the op and refuse. A pretended GPU: its tensors have no memory."""
+    scaled = []
+    monkeypatch.setattr(ops, "_NO_CUDA", None)
+    monkeypatch.setattr(ops, "_why_not_on_gpu", lambda index: why_no_cuda)
+    monkeypatch.setattr(ops, "_SCALE", lambda grad, upstream: scaled.append("the op"))
+    monkeypatch.setattr(ops, "_scale_without_cuda", lambda grad, upstream: scaled.append("without it"))
+    with FakeTensorMode():
+        ops._scale_in_place(torch.ones(B, C, dtype=dtype, device="cuda"), torch.ones((), device="cuda"))
+    assert scaled == ["the op" if (dtype, why_no_cuda) == (torch.float32, None) else "without it"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_float64_logits_on_a_gpu_have_their_gradient():
+    x, (ids, probs), target = problem(dtype=torch.float64)
+    expected = gradient(x, (ids, probs), target)
+    leaf = x.detach().cuda().requires_grad_()
+    (ferkd_loss(leaf, (ids.cuda(), probs.cuda()), target.cuda(), policy=POLICY) * 3.0).backward()
+    torch.testing.assert_close(leaf.grad.cpu(), expected * 3.0)
 
 
 # ---------------------------------------------------------------------------------------------- mixed precision, checkpoints, hooks
