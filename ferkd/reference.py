@@ -115,7 +115,7 @@ def adapt(ids: Tensor, probs: Tensor, target: Tensor, *, classes: int, policy: R
     calibrated = region.eq(Region.CALIBRATED)
     even = policy.smoothing / (classes - 1)
     pair = torch.zeros(k, dtype=dtype, device=ids.device)
-    pair[0] = 1.0 - policy.smoothing - even
+    pair[0].fill_(1.0 - policy.smoothing - even)  # an assignment would wait for a GPU
     ids = torch.where(calibrated[:, None], target[:, None], ids)
     deltas = torch.where(calibrated[:, None], pair, deltas)
     beta = torch.where(calibrated, even, beta)

@@ -119,8 +119,9 @@ def sum_in_order(probs: Tensor) -> Tensor:
 def region_of(confidence: Tensor, policy: RegionPolicy) -> Tensor:
     """Which region each crop falls in: an int8 tensor of Region values shaped like `confidence`. NaN confidence is kept."""
     # Thresholds are compared in the confidence's own precision, float32 but for float64 probabilities: a stored 0.3 is never below 0.3.
+    # Filled where they are needed: torch.tensor would wait for a GPU.
     below, calibrate, above = (
-        torch.tensor(value, dtype=confidence.dtype, device=confidence.device)
+        torch.full((), value, dtype=confidence.dtype, device=confidence.device)
         for value in (policy.discard_below, policy.calibrate_below, policy.discard_above)
     )
     region = torch.full_like(confidence, Region.KEPT, dtype=torch.int8)
