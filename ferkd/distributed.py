@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import importlib
 import os
 import socket
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from ferkd.errors import InputError
+from ferkd.errors import InputError, Stopped
 
 Value = TypeVar("Value")
 
@@ -104,11 +105,30 @@ def joined() -> Iterator[Ranks]:
     if has_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if has_gpu else "gloo", device_id=device if has_gpu else None)
+    all_leave = False
     try:
         group = dist.new_group(backend="gloo") if has_gpu else None
         yield Ranks(rank, world, local_rank, local_world, device, group)
+        all_leave = True
+    except Stopped:
+        all_leave = True
+        raise
     finally:
-        dist.destroy_process_group()
+        # NCCL's is a meeting of all processes: one that alone met an error would wait there for those who wait for it, its error unsaid.
+        if all_leave or not has_gpu:
+            dist.destroy_process_group()
+
+
+def with_synchronised_batchnorm(model: nn.Module) -> nn.Module:
+    """The model with every BatchNorm's statistics taken over all processes.
+
+    PyTorch's own conversion takes timm's BatchNormAct2d for a plain BatchNorm and loses the activation inside; timm's keeps it.
+    """
+    convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
+    with contextlib.suppress(ImportError):
+        convert = importlib.import_module("timm.layers").convert_sync_batchnorm
+    converted: nn.Module = convert(model)
+    return converted
 
 
 def first_to_say(text: str) -> bool:

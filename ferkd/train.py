@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from ferkd.data import CropView, loaded, training_loader
-from ferkd.distributed import Ranks, StopVote, joined
+from ferkd.distributed import Ranks, StopVote, joined, with_synchronised_batchnorm
 from ferkd.errors import InputError, Stopped
 from ferkd.evaluation import Accuracy, evaluate
 from ferkd.meter import Meter, check_loss
@@ -97,6 +97,7 @@ def _train(job: Job, ranks: Ranks, until_the_end: contextlib.ExitStack) -> dict[
     if len(set(ranks.gathered(step))) > 1:
         raise InputError(f"{job.out}: the processes see checkpoints of different steps; give all machines the same --out, on a shared disk")
     _set_random_state(checkpoint, ranks, config.seed, step)
+    del checkpoint  # or its copy of the weights would stay on the device
 
     def save_checkpoint() -> None:
         lost = {"loss": float(ranks.sum(meter.loss.clone()))}
@@ -108,7 +109,7 @@ def _train(job: Job, ranks: Ranks, until_the_end: contextlib.ExitStack) -> dict[
     def assess() -> Accuracy:
         ranks.share_buffers(learn.evaluated)
         return evaluate(learn.evaluated, val_views, preprocessing, task.class_of_val_folder, device,
-                        batch_size=min(128, config.batch_size), workers=config.workers, amp=AMP_DTYPE[config.amp], ranks=ranks)  # fmt: skip
+                        batch_size=min(128, config.batch_size), workers=workers, amp=AMP_DTYPE[config.amp], ranks=ranks)  # fmt: skip
 
     eval_steps = max(1, round(config.eval_every / epochs_a_step))
 
@@ -219,7 +220,7 @@ def _student(job: Job, task: Task, ranks: Ranks) -> tuple[nn.Module, Preprocessi
     if config.sync_batchnorm:
         if ranks.device.type != "cuda":
             raise InputError("sync_batchnorm: PyTorch's works on GPUs only; train without it here")
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = with_synchronised_batchnorm(model)
     return model, preprocessing
 
 
