@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -100,8 +100,7 @@ class MovingAverage:
     def update(self, step: int) -> None:
         weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._averages, self._values, weight)
-        for copied, counter in zip(self._copies, self._counters, strict=True):
-            copied.copy_(counter)
+        torch._foreach_copy_(self._copies, self._counters)
 
 
 class TrainStep:
@@ -114,7 +113,7 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.average = MovingAverage(model, config.ema_decay) if config.ema_decay else None
         self._forward_pass = ForwardPass(model, preprocessing, config, task, self.device)
-        mode = ("default" if self.device.type == "cuda" else "no") if config.compile == "auto" else config.compile
+        mode = compile_mode(config, ranks)
         self.compiles = mode != "no"
         forward: Any = self._forward_pass
         if self.compiles:  # inside DDP, whose own forward cannot be traced without breaks; it tells the compiler its buckets of gradients
@@ -150,7 +149,8 @@ class TrainStep:
         parts = self._parts(batch, stream, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         statistics = [buffer.clone() for buffer in self._statistics] if config.nan == "skip" else []
         # The gradient is computed together with the loss, so it must know the scale that backward() will bring.
         upstream = self.scaler.scale(torch.ones((), device=self.device)) if self.scaler.is_enabled() else None
@@ -163,10 +163,9 @@ class TrainStep:
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
             averaging = contextlib.nullcontext() if last else self.ranks.without_averaging(self._forward)
-            with averaging, meter.compiles(self._is_new(part)):
-                if self.compiles:
-                    torch.compiler.cudagraph_mark_step_begin()
-                loss, stats = self._forward(part, upstream, normalizer)
+            is_new = self._is_new(part)
+            with averaging, meter.compiles(is_new):
+                loss, stats = (self._compiled(is_new) if self.compiles else self._forward)(part, upstream, normalizer)
                 self.scaler.scale(loss).backward()
             seen.append((loss.detach(), stats))
         is_lost = self._update(statistics)
@@ -176,6 +175,33 @@ class TrainStep:
             meter.skipped += is_lost
         if self.average:
             self.average.update(step)
+
+    def _compiled(self, is_new: bool) -> Callable[..., tuple[Tensor, LossStats]]:
+        """The compiled forward pass. It raises InputError where the student cannot be one graph."""
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+        def forward(*arguments: Any) -> tuple[Tensor, LossStats]:
+            torch.compiler.cudagraph_mark_step_begin()
+            answer: tuple[Tensor, LossStats]
+            try:
+                try:
+                    answer = self._forward(*arguments)
+                except FailOnRecompileLimitHit:
+                    if not is_new:  # the student itself asks for another graph again and again
+                        raise
+                    torch.compiler.reset()  # the graphs of this process's earlier trainings, of which it keeps so many and no more
+                    answer = self._forward(*arguments)
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+                said = "it asks for another graph again and again"
+                if isinstance(error, TorchDynamoException):
+                    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+                raise InputError(
+                    f"compile: the student cannot be compiled as one graph ({said}); train it with --compile no, or mend it: "
+                    "TORCH_LOGS=graph_breaks,recompiles says where"
+                ) from error
+            return answer
+
+        return forward
 
     def _update(self, statistics: Sequence[Tensor]) -> Tensor | None:
         """Change the weights. Returns, under nan = skip, whether that was left out: 0-dim bool, on the device."""
@@ -223,6 +249,17 @@ class TrainStep:
                 answers = self.task.teacher(own.pixels if own.teacher_pixels is None else own.teacher_pixels)
             parts.append(Part(own._replace(teacher_pixels=None), mixed, answers))
         return parts
+
+
+def compile_mode(config: TrainConfig, ranks: Ranks) -> str:
+    """torch.compile's mode, or `no`. Raises InputError for a mode that cannot be."""
+    if config.sync_batchnorm and ranks.world > 1:
+        if config.compile not in ("auto", "no"):
+            raise InputError(f"compile: {config.compile} cannot trace PyTorch's SyncBatchNorm; train without one of the two")
+        return "no"
+    if config.compile == "auto":
+        return "default" if ranks.device.type == "cuda" else "no"
+    return config.compile
 
 
 def images_a_part(config: TrainConfig, crops_per_image: int, world: int) -> int:

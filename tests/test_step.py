@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ferkd.data import CropView, StoredCrops
+from ferkd.distributed import Ranks
 from ferkd.errors import CheckFailed, InputError
 from ferkd.labeling import LabelSettings, label
 from ferkd.mixing import Mixing
@@ -27,7 +29,7 @@ from ferkd.recipes import TrainConfig
 from ferkd.regions import Region, RegionPolicy
 from ferkd.sources import scan_split
 from ferkd.sources.folders import FolderPhotos
-from ferkd.step import MovingAverage, make_optimizer
+from ferkd.step import MovingAverage, compile_mode, make_optimizer
 from ferkd.store import LabelStore
 from ferkd.stream import Visit
 from ferkd.task import Job
@@ -214,6 +216,52 @@ def test_a_compiled_step_has_no_breaks_and_is_compiled_once_a_kind(photos: Path,
     eager, other = load_file(tmp_path / "eager/last.safetensors"), load_file(tmp_path / "run/last.safetensors")
     for name, value in eager.items():
         torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traces as always, and runs what it traced as it is; keeps two versions of a function."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+
+
+def breaking_net(num_classes: int) -> tuple[nn.Module, dict[str, object]]:
+    net, described = tiny_net(num_classes)
+    net.append(_Break())
+    return net, described
+
+
+class _Break(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return images
+
+
+def test_one_training_after_the_other_is_compiled(photos: Path, store: LabelStore, tmp_path: Path, quick_compiler: None) -> None:
+    """PyTorch keeps so many versions of a function and no more, whoever made them."""
+    for number in range(5):
+        train(job(photos, tmp_path / f"run{number}", store, epochs=1.0, compile="default", temperature=1.0 + number))
+
+
+@pytest.mark.parametrize(("student", "why"), [("breaking_net", "graph_break"), ("lapsing_always", "again and again")])
+def test_a_student_that_is_not_one_graph_is_refused_in_one_line(
+    photos: Path, store: LabelStore, tmp_path: Path, quick_compiler: None, student: str, why: str
+) -> None:
+    with pytest.raises(
+        InputError, match=rf"^compile: the student cannot be compiled as one graph \(.*{why}.*\); train it with --compile no"
+    ):
+        train(job(photos, tmp_path / "run", store, f"python:test_step:{student}", compile="default"))
+
+
+def test_synchronised_batchnorm_is_not_compiled() -> None:
+    """PyTorch's own cannot be traced into one graph."""
+    two = Ranks(world=2, device=torch.device("cuda"))
+    assert compile_mode(CONFIG, two) == "default"
+    together = dataclasses.replace(CONFIG, sync_batchnorm=True)
+    assert compile_mode(together, two) == "no"
+    assert compile_mode(together, Ranks(device=torch.device("cuda"))) == "default"
+    with pytest.raises(InputError, match="compile: max-autotune cannot trace PyTorch's SyncBatchNorm"):
+        compile_mode(dataclasses.replace(together, compile="max-autotune"), two)
 
 
 def test_cuda_graphs_do_not_go_with_parts() -> None:
