@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         # PyTorch tells of a killed loader process by a bare RuntimeError, from a signal handler: wherever the program happens to be.
         lost_worker = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
-        if "--debug" in arguments or (isinstance(error, RuntimeError) and not lost_worker):
+        out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's, a RuntimeError
+        if "--debug" in arguments or (isinstance(error, RuntimeError) and not (lost_worker or out_of_memory)):
             raise
         status = {CheckFailed: 1, Stopped: 75, KeyboardInterrupt: 130}.get(type(error), 2)
         text = " ".join(str(error).split())
@@ -75,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             text = f"{error.filename}: {error.strerror}"
         elif lost_worker:
             text = f"workers: {text} Did memory, or /dev/shm, run out? Use fewer --workers"
+        elif out_of_memory:
+            text = f"GPU out of memory ({str(error).splitlines()[0]}); lower --batch-size"
         if first_to_say(text):
             print(f"ferkd {arguments[0]}: {text}", file=sys.stderr)
         sys.exit(status)

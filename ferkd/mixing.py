@@ -83,14 +83,15 @@ def draw_mixing(mixing: Mixing, seed: int, step: int, first_slot: int, images: i
     group = 1 if is_self else min(mixing.mix_group, images)
     if images % group:
         raise InputError(f"mix_group: {group} images do not divide the {images} images of a batch; choose a divisor")
+    rows, whole_batch = group * crops_per_image, mixing.mix_per == "batch"
+    if whole_batch:
+        lam, box = _draw_values(mixing, _generator(seed, step, 0, "values"), 1, size)
     parts = []
     for first in range(0, images, group):
-        rows = group * crops_per_image
         pairing = _generator(seed, step, first_slot + first, "pairs")
         partner = (np.arange(rows) + pairing.integers(1, rows)) % rows if is_self else pairing.permutation(rows)  # SelfMix: never itself
-        whole_batch = mixing.mix_per == "batch"
-        values = _generator(seed, step, 0 if whole_batch else first_slot + first, "values")
-        lam, box = _draw_values(mixing, values, 1 if whole_batch else rows, size)
+        if not whole_batch:
+            lam, box = _draw_values(mixing, _generator(seed, step, first_slot + first, "values"), rows, size)
         parts.append((partner + first * crops_per_image, np.broadcast_to(lam, rows), np.broadcast_to(box, (rows, 4))))
     partner, lam, box = (np.concatenate(column) for column in zip(*parts, strict=True))
     return MixedRows(

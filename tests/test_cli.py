@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from photos import write_photos, write_store
 
 from ferkd.cli import COMMANDS, main
@@ -157,6 +158,17 @@ def test_a_killed_loader_process_is_one_line(
     assert (
         error_of(capsys) == f"ferkd train: workers: DataLoader worker (pid 7) {death}Did memory, or /dev/shm, run out? Use fewer --workers"
     )
+
+
+def test_a_gpu_out_of_memory_is_one_line(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_memory(settings: object, *rest: object, **more: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nIf reserved memory is >> allocated ...")
+
+    monkeypatch.setattr("ferkd.labeling.label_with_figures", fill_memory)
+    assert run("label", "--data", photos, "--teacher", "python:photos:colour_teacher", "--out", tmp_path / "labels") == 2
+    assert error_of(capsys) == "ferkd label: GPU out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.); lower --batch-size"
 
 
 def test_other_errors_show_where_they_came_from(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
