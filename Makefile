@@ -36,9 +36,13 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[demo]"
 	@touch $@
 
-# As many processes as cores, each with one thread and whole files of tests: PyTorch's threads would fight over the cores otherwise.
+# As many processes as cores, each with one thread and whole files of tests: PyTorch's threads would fight over the cores otherwise. Training
+# and labelling are tested on the CPU, whose bits can be compared, also where there is a GPU; the loss's backends then once more on it.
+GPU_TESTS := tests/test_cuda_*.py tests/test_loss.py tests/test_loss_input.py tests/test_ops.py tests/test_triton_loss.py
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST)
+	@if $(BIN)/python -c "import torch; raise SystemExit(not torch.cuda.is_available())"; then \
+		echo "the loss on the GPU:"; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(GPU_TESTS); fi
 
 lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .

@@ -13,7 +13,8 @@
 #
 # PYTHON (default python3) is the interpreter whose torch is used. ferkd is built with it and installed in a virtual environment of its own,
 # build/gpu, which sees that interpreter's packages: nothing is installed outside this folder. WHEELS is a folder of wheels for what the
-# machine lacks (liger-kernel for the loss's table, setuptools >= 80 for the build, hypothesis for some tests). At most eight files are
+# machine lacks: setuptools >= 80 for the build; tyro, docstring-parser and typeguard for whatever trains (the end of `step`, and convergence);
+# liger-kernel for the loss's table, hypothesis for some tests. Nothing else is installed with them. At most eight files are
 # written to ${OUT:-bench/results}: logs, the tables and the picture. A stage that fails or outlasts its time is reported
 # and does not stop the others; the exit status is 1 then.
 set -uo pipefail
@@ -67,7 +68,7 @@ stage() {
         FAILED=1
         return
     fi
-    timeout --kill-after=3 "$seconds" bash -c "$@" >>"$OUT/${LOG:-$name}.log" 2>&1
+    timeout --signal="${SIGNAL:-TERM}" --kill-after=8 "$seconds" bash -c "$@" >>"$OUT/${LOG:-$name}.log" 2>&1
     status=$?
     tail -n "$lines" "$OUT/${LOG:-$name}.log"
     case $status in
@@ -147,10 +148,12 @@ PY
 
 run_tests() {
     shopt -s nullglob
-    local files=(tests/test_loss.py tests/test_ops.py tests/test_loss_input.py tests/test_triton_*.py tests/test_cuda_*.py) parallel=()
+    # What only a GPU can say, and first what knows most about it: not the compilers' output, which needs none.
+    local files=(tests/test_cuda_*.py tests/test_ops.py tests/test_loss_input.py tests/test_loss.py tests/test_triton_loss.py) parallel=()
     # -o addopts=: without pytest-benchmark its options would be errors. A file that lacks a package fails alone.
     if (($(nproc --all) >= 8)) && "$PYTHON_HERE" -c 'import xdist' 2>/dev/null; then parallel=(-n 6); fi
-    "$PYTHON_HERE" -m pytest -o addopts= -q -rfE --tb=short -p no:cacheprovider --continue-on-collection-errors "${parallel[@]}" "${files[@]}"
+    OMP_NUM_THREADS=2 "$PYTHON_HERE" -m pytest -o addopts= -q -rfE --tb=short -m "not slow" -p no:cacheprovider --continue-on-collection-errors \
+        "${parallel[@]}" "${files[@]}"
 }
 
 # The four tools at the same time: most of each one's time is starting Python and torch.
@@ -204,7 +207,7 @@ if wants tests; then
         skip tests "no GPU"
         LOG=tests stage sanitizer 60 3 '"$PYTHON_HERE" bench/sanitize_loss.py'
     else
-        stage tests "$(most 130)" 15 run_tests
+        SIGNAL=INT stage tests "$(most 130)" 15 run_tests # interrupted, pytest says what had failed
         SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
         export SANITIZER
         if [ -n "$SANITIZER" ]; then LOG=tests stage sanitizer "$(most 80)" 30 sanitize; else skip sanitizer "compute-sanitizer is not installed"; fi

@@ -10,6 +10,7 @@ import pytest
 import torch
 from loss_cases import CUDA, DEVICE, POLICY, assert_close, labels, logits, oracle, random, words_of
 
+from bench.timing import launches
 from ferkd import Records, Region, RegionPolicy, ferkd_loss, ops
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,8 +61,8 @@ def test_every_layout_equals_the_oracle(environment, classes, dtype, impl, monke
 @pytest.mark.parametrize("classes", [1000, 5003, 20001])
 def test_more_rows_than_blocks_and_misaligned_rows_in_every_dtype(classes, impl, monkeypatch):
     """Rows in turn on the same blocks (their shared memory is used again), each row at another alignment."""
+    rows = 24 if DEVICE == "cpu" else 4200  # more than loss_cuda.h's LOSS_PARTS, which are fewer where it is emulated
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        rows = 24
         ids, probs, target = labels(rows, classes, 3)
         wide = torch.full((rows, classes + 1), torch.nan, dtype=dtype)
         wide[:, :classes] = logits(rows, classes, dtype)
@@ -278,23 +279,16 @@ def on_gpu():
     torch.set_default_device(None)
 
 
-def _launches(run):
-    run()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    return [event.key for event in profile.key_averages() for _ in range(event.count) if "Memcpy" not in event.key]
-
-
 @needs_gpu
 @pytest.mark.parametrize(("reduction", "kernels"), [("mean", 2), ("sum", 2), ("none", 1)])
 def test_so_few_kernels_are_launched(reduction, kernels, on_gpu):
     ids, probs, target = labels(64, 1000, 5)
     x = logits(64, 1000)
+    torch.use_deterministic_algorithms(False)  # poisoning new tensors is a kernel each
     with torch.no_grad():
-        found = _launches(lambda: ferkd_loss(x, (ids, probs), target, policy=POLICY, reduction=reduction, impl="cuda"))
-    assert len(found) == kernels, found
+        for _ in range(2):  # the first may load modules
+            found = launches(lambda: ferkd_loss(x, (ids, probs), target, policy=POLICY, reduction=reduction, impl="cuda"))
+    assert found == kernels
 
 
 @needs_gpu
