@@ -142,6 +142,7 @@ def plan_job(settings: LabelSettings, local_rank: int = 0, local_world: int = 1)
     if topk > len(classes.names):
         raise InputError(f"topk: {topk}, but there are only {len(classes.names):,} classes; choose at most that many")
     teacher.model.to(device)
+    classes = classes.to(device)
 
     chosen = images_of(like, train) if like else np.arange(len(train)) if settings.limit is None else evenly(len(train), settings.limit)
     paths = train.paths if len(chosen) == len(train) else PathTable.from_paths(train.paths[int(i)] for i in chosen)

@@ -1,0 +1,82 @@
+"""Labelling on a GPU, as far as it can be seen without one: the host waits for it only where it must."""
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+from PIL import Image
+from tiny_teachers import GREYS
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ferkd import label_plan, preprocessing
+from ferkd.labeling import LabelSettings, plan_job
+from ferkd.preprocessing import Preprocessing
+from ferkd.teacher import answer_logits
+
+META = torch.device("meta")  # a device that is another one, and needs no hardware
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Nine photographs, one of them of each of eight classes and one more."""
+    for number, level in enumerate([*GREYS, GREYS[0]]):
+        folder = tmp_path / f"data/train/g{number % 8}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (20, 20), level).save(folder / f"{number}.png")
+    return LabelSettings(
+        tmp_path / "data", "python:tiny_teachers:permuted", tmp_path / "store", crops=2, classes="folder", skip_preflight=True
+    )
+
+
+# ---- Copies
+
+
+class CopiesToTheGpu(TorchDispatchMode):
+    """Lists what is copied from the host to the GPU while the host waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.waited = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = op(*args, **kwargs)
+        copied = op is torch.ops.aten._to_copy.default and (args[0].device.type, result.device.type) == ("cpu", "cuda")
+        if copied and not kwargs.get("non_blocking"):
+            self.waited.append(tuple(args[0].shape))
+        return result
+
+
+@contextlib.contextmanager
+def imagined_gpu():
+    """Within the block there is a GPU, whose tensors hold nothing; yields what is copied to it."""
+    with FakeTensorMode(allow_non_fake_inputs=True), CopiesToTheGpu() as copies:
+        yield copies
+    preprocessing._scale_and_shift.cache_clear()  # or imagined tensors would be found by others
+
+
+def test_no_batch_waits_for_a_copy_to_the_gpu(settings):
+    classes, how = plan_job(settings).classes, Preprocessing(16)
+    with imagined_gpu() as copies:
+        pixels = torch.empty(4, 3, 16, 16, dtype=torch.uint8, device="cuda")
+        teacher = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 8, device="cuda"))
+        classes = classes.to(pixels.device)
+
+        def answer():
+            return classes.select(answer_logits(teacher, how, pixels))
+
+        assert answer().shape == (4, 8)
+        assert copies.waited
+        copies.waited.clear()
+        answer()
+    assert copies.waited == []
+
+
+def test_the_classes_lie_where_the_teacher_answers(settings, monkeypatch):
+    monkeypatch.setattr(label_plan, "choose_device", lambda *_: META)
+    job = plan_job(settings)
+    assert job.classes.columns.device == next(job.teacher.model.parameters()).device == META
+    assert plan_job(dataclasses.replace(settings, classes="teacher")).classes.columns is None
