@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ferkd import label_plan, preprocessing
+from ferkd.errors import InputError
 from ferkd.labeling import LabelSettings, plan_job
 from ferkd.preprocessing import Preprocessing
 from ferkd.teacher import answer_logits
@@ -80,3 +81,25 @@ def test_the_classes_lie_where_the_teacher_answers(settings, monkeypatch):
     job = plan_job(settings)
     assert job.classes.columns.device == next(job.teacher.model.parameters()).device == META
     assert plan_job(dataclasses.replace(settings, classes="teacher")).classes.columns is None
+
+
+# ---- Which GPU, and the threads beside it
+
+
+@pytest.mark.parametrize(
+    ("device", "rank", "processes", "own"), [(None, 1, 2, "cuda:1"), ("cuda:1", 0, 1, "cuda:1"), (None, 0, 1, "cuda:0")]
+)
+def test_a_process_works_on_its_own_gpu_from_the_start(settings, monkeypatch, device, rank, processes, own):
+    events = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", lambda chosen: events.append(str(chosen)))
+
+    def load(*_):
+        events.append("load")
+        raise InputError("far enough")
+
+    monkeypatch.setattr(label_plan, "load_teacher", load)
+    with pytest.raises(InputError, match="far enough"):
+        plan_job(dataclasses.replace(settings, device=device), rank, processes)
+    assert events == [own, "load"]
