@@ -31,7 +31,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import machine
-from ferkd.devices import repeatable
+from ferkd.devices import cores_for_decoding, repeatable
 from ferkd.label_batches import _cut_photos, label_images
 from ferkd.label_plan import AUTOCAST_DTYPE, Job, LabelSettings, plan_job
 from ferkd.shards import UNIT_IMAGES
@@ -118,7 +118,7 @@ def main() -> None:
         print(f"{options.crops} crops a photograph, batches of {job.plan.batch_size}, {job.threads} threads decode, {data}")
         times: dict[str, list[float]] = {}
         others, started = machine.seconds_of_others(), time.perf_counter()
-        with StoreWriter(folder / "store", job.plan) as writer, repeatable(options.tf32):
+        with StoreWriter(folder / "store", job.plan) as writer, repeatable(options.tf32), cores_for_decoding(job.device):
             variants = turns(job, writer, UNIT_IMAGES)
             random = np.random.default_rng(0)
             for turn in range(min(options.turns + 1, available)):

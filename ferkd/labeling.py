@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ferkd.devices import repeatable
+from ferkd.devices import cores_for_decoding, repeatable
 from ferkd.filling import to_stderr
 from ferkd.label_batches import label_images
 from ferkd.label_crew import Crew, Task, joined_crew
@@ -67,7 +67,7 @@ def label_with_figures(settings: LabelSettings, say: Callable[[str], None] = to_
                 say("preflight: skipped" if settings.skip_preflight else "preflight: not repeated, since this store was begun already")
             else:
                 _check_teacher(job, say)
-        with repeatable(settings.tf32), _stopping_on_sigterm(crew.stop):
+        with repeatable(settings.tf32), cores_for_decoding(job.device), _stopping_on_sigterm(crew.stop):
             if settings.dry_run:
                 _measure(job, crew, say)
                 return None

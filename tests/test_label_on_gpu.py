@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ferkd import label_plan, preprocessing
+from ferkd import label_plan, labeling, preprocessing
 from ferkd.errors import InputError
-from ferkd.labeling import LabelSettings, plan_job
+from ferkd.labeling import LabelSettings, label, plan_job
 from ferkd.preprocessing import Preprocessing
 from ferkd.teacher import answer_logits
 
@@ -103,3 +104,24 @@ def test_a_process_works_on_its_own_gpu_from_the_start(settings, monkeypatch, de
     with pytest.raises(InputError, match="far enough"):
         plan_job(dataclasses.replace(settings, device=device), rank, processes)
     assert events == [own, "load"]
+
+
+def test_threads_that_decode_beside_a_gpu_compute_alone_as_long_as_labels_are_made(settings, monkeypatch):
+    job, seen = plan_job(settings), []
+
+    def lead(*_):
+        with ThreadPoolExecutor(1) as pool:
+            seen.append(pool.submit(torch.get_num_threads).result())
+
+    monkeypatch.setattr(labeling, "_lead", lead)
+    monkeypatch.setattr(labeling, "describe", lambda *_: [])
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for device in ("cpu", "cuda"):
+            monkeypatch.setattr(labeling, "plan_job", lambda *_, device=device: dataclasses.replace(job, device=torch.device(device)))
+            label(settings)
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [3, 1]
