@@ -2,20 +2,25 @@
 
 import contextlib
 import dataclasses
+import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_stores import files_of
 from tiny_teachers import GREYS
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ferkd import label_plan, labeling, preprocessing
-from ferkd.errors import InputError
+from ferkd import label_batches, label_plan, labeling, preprocessing, shards, store_writing
+from ferkd.errors import InputError, Stopped
 from ferkd.labeling import LabelSettings, label, plan_job
 from ferkd.preprocessing import Preprocessing
+from ferkd.store import StoreWriter
 from ferkd.teacher import answer_logits
 
 META = torch.device("meta")  # a device that is another one, and needs no hardware
@@ -23,11 +28,13 @@ META = torch.device("meta")  # a device that is another one, and needs no hardwa
 
 @pytest.fixture
 def settings(tmp_path):
-    """Nine photographs, one of them of each of eight classes and one more."""
+    """Nine photographs, one of each of eight classes and one more."""
+    random = np.random.default_rng(0)
     for number, level in enumerate([*GREYS, GREYS[0]]):
         folder = tmp_path / f"data/train/g{number % 8}"
         folder.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (20, 20), level).save(folder / f"{number}.png")
+        pixels = np.clip(level + random.normal(0, 30, (20, 24, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
     return LabelSettings(
         tmp_path / "data", "python:tiny_teachers:permuted", tmp_path / "store", crops=2, classes="folder", skip_preflight=True
     )
@@ -125,3 +132,103 @@ def test_threads_that_decode_beside_a_gpu_compute_alone_as_long_as_labels_are_ma
     finally:
         torch.set_num_threads(before)
     assert seen == [3, 1]
+
+
+# ---- From one shard to the next
+
+
+class AnswersLater(label_batches._Answering):
+    """As on a GPU: the answers of the batch shown last are not there yet."""
+
+    def __init__(self, job):
+        super().__init__(job)
+        self.ahead = 1
+
+
+@pytest.fixture
+def three_shards(settings, monkeypatch):
+    """Settings for shards of four, four and one photographs, each in a unit: three, three and one batches."""
+    for module in (labeling, shards, store_writing):
+        monkeypatch.setattr(module, "UNIT_IMAGES", 4)
+    return dataclasses.replace(settings, batch_size=3)
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What happens while labels are made: a photograph is given to a thread, a batch shown, a shard finished; pools of threads are made."""
+    seen = []
+
+    def noted(owner, name, event):
+        real = getattr(owner, name)
+
+        def seen_and_done(*arguments, **named):
+            seen.append(event)
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, seen_and_done)
+
+    noted(label_batches, "ThreadPoolExecutor", "pool")
+    noted(ThreadPoolExecutor, "submit", "photo")
+    noted(label_batches, "answer_logits", "batch")
+    noted(StoreWriter, "finish_shard", "shard")
+    return seen
+
+
+def test_a_gpu_is_given_the_next_shards_first_batch_before_a_shard_is_written(three_shards, events, monkeypatch):
+    one_by_one = dataclasses.replace(three_shards, out=three_shards.out.with_name("one by one"), workers=0)
+    label(one_by_one, lambda _: None)
+    assert events == [*["batch"] * 3, "shard", *["batch"] * 3, "shard", "batch", "shard"]
+    monkeypatch.setattr(label_batches, "_Answering", AnswersLater)
+    for workers in (0, 2):
+        events.clear()
+        settings = dataclasses.replace(three_shards, out=three_shards.out.with_name(f"ahead {workers}"), workers=workers)
+        label(settings, lambda _: None)
+        shown = [event for event in events if event in ("batch", "shard")]
+        assert shown == [*["batch"] * 4, "shard", *["batch"] * 3, "shard", "shard"]
+        assert files_of(settings.out) == files_of(one_by_one.out)
+
+
+def test_threads_decode_ahead_from_one_shard_into_the_next(three_shards, events):
+    label(dataclasses.replace(three_shards, workers=2), lambda _: None)
+    assert events.count("pool") == 1
+    assert events[: events.index("shard")].count("photo") == 9
+
+
+@pytest.mark.parametrize("answered", [2, 3, 4, 6])
+def test_broken_off_around_a_shards_end_a_store_comes_out_the_same(three_shards, monkeypatch, answered):
+    monkeypatch.setattr(label_batches, "_Answering", AnswersLater)
+    whole = dataclasses.replace(three_shards, out=three_shards.out.with_name("whole"))
+    label(whole, lambda _: None)
+    answer, shown = label_batches.answer_logits, []
+
+    def broken(*arguments):
+        shown.append(0)
+        if len(shown) > answered:
+            raise InputError("broken off")
+        return answer(*arguments)
+
+    monkeypatch.setattr(label_batches, "answer_logits", broken)
+    with pytest.raises(InputError, match="broken off"):
+        label(three_shards, lambda _: None)
+    monkeypatch.setattr(label_batches, "answer_logits", answer)
+    said = []
+    label(three_shards, said.append)
+    assert ("4 of 9 photos are labelled already" in said) == (answered >= 4)
+    assert files_of(three_shards.out) == files_of(whole.out)
+
+
+def test_a_stop_asked_for_at_a_shards_end_gives_up_what_was_begun_of_the_next(three_shards, monkeypatch):
+    monkeypatch.setattr(label_batches, "_Answering", AnswersLater)
+    finish = StoreWriter.finish_shard
+
+    def finish_and_stop(writer, shard):
+        finish(writer, shard)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(StoreWriter, "finish_shard", finish_and_stop)
+    with pytest.raises(Stopped, match="stopped after 8 of 18 crops"):
+        label(three_shards, lambda _: None)
+    monkeypatch.setattr(StoreWriter, "finish_shard", finish)
+    said = []
+    label(three_shards, said.append)
+    assert "4 of 9 photos are labelled already" in said
