@@ -31,8 +31,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import machine
-from ferkd.devices import repeatable
+from ferkd.devices import cores_for_decoding, repeatable
 from ferkd.label_batches import _cut_photos, label_images
+from ferkd.label_crew import Task
 from ferkd.label_plan import AUTOCAST_DTYPE, Job, LabelSettings, plan_job
 from ferkd.shards import UNIT_IMAGES
 from ferkd.store import StoreWriter
@@ -61,8 +62,12 @@ def made_up(folder: Path, photos: int) -> Path:
 def turns(job: Job, writer: StoreWriter, photos: int) -> dict[str, Callable[[int], object]]:
     """The variants as functions of the turn's number; each handles the same number of crops."""
     crops, batch = photos * job.plan.crops, job.plan.batch_size
+
+    def task(turn: int) -> Task:
+        return Task(turn, turn * photos, (turn + 1) * photos - 1)
+
     how, model = job.teacher.preprocessing, job.teacher.model
-    pixels = torch.cat([cut.pixels for _, cut in _cut_photos(job, 0, photos - 1) if cut.pixels is not None]).permute(0, 3, 1, 2)
+    pixels = torch.cat([cut.pixels for _, _, cut in _cut_photos(job, [task(0)]) if cut.pixels is not None]).permute(0, 3, 1, 2)
     rows = torch.arange(-(-crops // batch) * batch) % len(pixels)
     # Laid out as labelling's crops are, pixel by pixel, which many networks prefer.
     batches: list[Tensor] = [
@@ -78,12 +83,11 @@ def turns(job: Job, writer: StoreWriter, photos: int) -> dict[str, Callable[[int
             torch.cuda.synchronize(job.device)
 
     def labelling(turn: int) -> None:
-        first = turn * photos
-        writer.write_unit(turn, list(label_images(job, first, first, first + photos - 1, lambda _: None)))
+        writer.write_unit(turn, list(label_images(job, [task(turn)], lambda _: None)))
         writer.finish_shard(turn)
 
     def cutting(turn: int) -> None:
-        for _ in _cut_photos(job, turn * photos, turn * photos + photos - 1):
+        for _ in _cut_photos(job, [task(turn)]):
             pass
 
     return {"bare": bare, "labelling": labelling, "cutting": cutting}
@@ -118,7 +122,7 @@ def main() -> None:
         print(f"{options.crops} crops a photograph, batches of {job.plan.batch_size}, {job.threads} threads decode, {data}")
         times: dict[str, list[float]] = {}
         others, started = machine.seconds_of_others(), time.perf_counter()
-        with StoreWriter(folder / "store", job.plan) as writer, repeatable(options.tf32):
+        with StoreWriter(folder / "store", job.plan) as writer, repeatable(options.tf32), cores_for_decoding(job.device):
             variants = turns(job, writer, UNIT_IMAGES)
             random = np.random.default_rng(0)
             for turn in range(min(options.turns + 1, available)):

@@ -59,3 +59,17 @@ def repeatable(tf32: bool) -> Iterator[None]:
             yield
         finally:
             backends.cuda.matmul.allow_tf32 = before
+
+
+@contextlib.contextmanager
+def cores_for_decoding(device: torch.device) -> Iterator[None]:
+    """Within the block, where the teacher is on a GPU, every new thread computes alone: each that decodes would else start a team of
+    OpenMP threads of its own, one for every core."""
+    before = torch.get_num_threads()
+    if device.type == "cuda":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.set_num_threads(before)

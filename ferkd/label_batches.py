@@ -7,7 +7,7 @@ teacher's answers depend on how many rows it sees at once. So a shard depends ne
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ferkd.crops import draw_crops, take_crop
 from ferkd.errors import InputError, SourceLost
+from ferkd.label_crew import Task
 from ferkd.label_plan import AUTOCAST_DTYPE, Job
 from ferkd.like import check_photo
 from ferkd.records import pack_boxes, pack_labels
@@ -66,34 +67,46 @@ def _cut_photo(job: Job, image: int) -> _CutPhoto:
     return _CutPhoto(pixels, pack_boxes(boxes, flips), width, height, crc, None)
 
 
-def _cut_photos(job: Job, first: int, last: int) -> Iterator[tuple[int, _CutPhoto]]:
-    """The photos first..last in order, decoded ahead by threads: Pillow and the resampling let go of the interpreter lock."""
+def _shown(job: Job, task: Task) -> range:
+    """The photos that are shown for a task: its own, and those before with which the batch of its first crop begins."""
+    crops, rows = job.plan.crops, job.plan.batch_size
+    start = task.shard * job.plan.shard_images
+    return range(start + (task.first - start) * crops // rows * rows // crops, task.last + 1)
+
+
+def _cut_photos(job: Job, tasks: Iterable[Task]) -> Iterator[tuple[Task, int, _CutPhoto]]:
+    """The photos that are shown for tasks, in order, decoded ahead by threads, across tasks too: Pillow and the resampling let go of the
+    interpreter lock."""
+    photos = ((task, image) for task in tasks for image in _shown(job, task))
     if job.threads == 0:
-        yield from ((image, _cut_photo(job, image)) for image in range(first, last + 1))
+        yield from ((task, image, _cut_photo(job, image)) for task, image in photos)
         return
     size = job.teacher.preprocessing.input_size
     ahead = max(1, min(4 * job.threads, PREFETCH_BYTES // (job.plan.crops * size * size * 3)))
-    waiting: collections.deque[tuple[int, Future[_CutPhoto]]] = collections.deque()
+    waiting: collections.deque[tuple[Task, int, Future[_CutPhoto]]] = collections.deque()
+
+    def first() -> tuple[Task, int, _CutPhoto]:
+        task, image, future = waiting.popleft()
+        return task, image, future.result()
+
     pool = ThreadPoolExecutor(job.threads, thread_name_prefix="decode")
     try:
-        for image in range(first, last + 1):
-            waiting.append((image, pool.submit(_cut_photo, job, image)))
+        for task, image in photos:
+            waiting.append((task, image, pool.submit(_cut_photo, job, image)))
             if len(waiting) > ahead:
-                number, future = waiting.popleft()
-                yield number, future.result()
+                yield first()
         while waiting:
-            number, future = waiting.popleft()
-            yield number, future.result()
+            yield first()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 class _Answers(NamedTuple):
-    """A batch's answers [B, k], of which `rows` count; on a GPU they are there when `arrived` is."""
+    """A batch's answers [B, k], of which the `rows` count; on a GPU they are there when `arrived` is."""
 
     ids: Tensor
     probs: Tensor
-    rows: int
+    rows: slice
     arrived: torch.cuda.Event | None
 
 
@@ -107,11 +120,11 @@ class _Answering:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.copies = torch.cuda.Stream(job.device) if job.device.type == "cuda" else None
+        self.ahead = 1 if self.copies else 0  # batches shown whose answers are not waited for
         size = job.teacher.preprocessing.input_size
         # On a GPU the second is filled while the first is still on its way.
-        buffers = 2 if self.copies else 1
         shape = (job.plan.batch_size, size, size, 3)
-        self.buffers = [torch.empty(shape, dtype=torch.uint8, pin_memory=self.copies is not None) for _ in range(buffers)]
+        self.buffers = [torch.empty(shape, dtype=torch.uint8, pin_memory=self.copies is not None) for _ in range(1 + self.ahead)]
         self.shown = 0
         self.under_way: collections.deque[_Answers] = collections.deque()
 
@@ -120,10 +133,12 @@ class _Answering:
         """Where the next batch's pixels go: uint8 [B, S, S, 3]."""
         return self.buffers[self.shown % len(self.buffers)]
 
-    def show(self, rows: int) -> None:
-        """Shows the buffer, of which `rows` are filled; the others repeat the last, so that the teacher always sees as many."""
-        buffer = self.buffer
-        buffer[rows:] = buffer[rows - 1]
+    def show(self, filled: int, known: int) -> None:
+        """Shows the buffer, of which the first `filled` rows are filled; the others repeat the last, so that the teacher always sees as
+        many. The first `known` are labelled already.
+        """
+        buffer, rows = self.buffer, slice(known, filled)
+        buffer[filled:] = buffer[filled - 1]
         self.shown += 1
         if self.copies is None:
             self.under_way.append(_Answers(*self._answer(buffer), rows, None))
@@ -152,56 +167,53 @@ class _Answering:
 
         A batch whose answers were fetched has left its buffer.
         """
-        while len(self.under_way) > (0 if everything or self.copies is None else 1):
+        while len(self.under_way) > (0 if everything else self.ahead):
             ids, probs, rows, arrived = self.under_way.popleft()
             if arrived is not None:
                 arrived.synchronize()
-            yield ids[:rows].numpy(), probs[:rows].numpy()
+            yield ids[rows].numpy(), probs[rows].numpy()
 
 
-def label_images(job: Job, start: int, first: int, last: int, on_crops: Callable[[int], None]) -> Iterator[LabelledImage]:
-    """Labels photos first..last of the shard that begins with photo `start`, in order. `on_crops` is told how many crops are new.
+def label_images(job: Job, tasks: Iterable[Task], on_crops: Callable[[int], None]) -> Iterator[LabelledImage]:
+    """Labels the photos of tasks, in order. `on_crops` is told how many crops are new.
 
-    The first batch may begin with crops of photos before `first`, which are labelled already: they are shown again, since a batch holds the
-    same crops in every run. A photo that cannot be read takes part as black crops, so that the batches after it do not depend on that.
+    Tasks are taken as their photos are needed: to be decoded ahead, and on a GPU for a batch that is computed while the answers of the task
+    before are written. A task's first batch may begin with crops of photos before its first, which are labelled already: they are shown
+    again, since a batch holds the same crops in every run. A photo that cannot be read takes part as black crops, so that the batches after
+    it do not depend on that.
     """
     crops, rows = job.plan.crops, job.plan.batch_size
-    at = (first - start) * crops // rows * rows  # the shard's crop with which the batch of the first missing crop begins
-    first_shown = start + at // crops
-    skip = at - (first_shown - start) * crops
     answering = _Answering(job)
     cut: collections.deque[tuple[int, _CutPhoto]] = collections.deque()  # shown, at least in part, and not yet answered
     ids = np.empty((0, job.plan.k), np.int64)
     probs = np.empty((0, job.plan.k), np.float32)
-    labelled_already = (first - start) * crops - at  # answers to be dropped
     filled = 0
 
     def answered(everything: bool) -> Iterator[LabelledImage]:
-        nonlocal ids, probs, labelled_already
+        nonlocal ids, probs
         for more_ids, more_probs in answering.fetch(everything):
-            old = min(labelled_already, len(more_ids))
-            labelled_already -= old
-            ids, probs = np.concatenate([ids, more_ids[old:]]), np.concatenate([probs, more_probs[old:]])
-            on_crops(len(more_ids) - old)
+            ids, probs = np.concatenate([ids, more_ids]), np.concatenate([probs, more_probs])
+            on_crops(len(more_ids))
         while cut and len(ids) >= crops:
             image, photo = cut.popleft()
             yield _labelled(job, image, photo, ids[:crops], probs[:crops])
             ids, probs = ids[crops:], probs[crops:]
 
-    for image, photo in _cut_photos(job, first_shown, last):
-        if image >= first:
+    for task, image, photo in _cut_photos(job, tasks):
+        if image >= task.first:
             cut.append((image, photo._replace(pixels=None)))
-        done = skip if image == first_shown else 0
+        start = task.shard * job.plan.shard_images
+        known = (task.first - start) * crops  # of the shard's crops: those labelled already
+        before = (image - start) * crops  # those of the photos before
+        done = max(0, known // rows * rows - before)
         while done < crops:
             take = min(rows - filled, crops - done)
             answering.buffer[filled : filled + take] = 0 if photo.pixels is None else photo.pixels[done : done + take]
             filled, done = filled + take, done + take
-            if filled == rows:
-                answering.show(rows)
+            if filled == rows or (image == task.last and done == crops):
+                answering.show(filled, max(0, known - (before + done - filled)))
                 filled = 0
                 yield from answered(everything=False)
-    if filled:
-        answering.show(filled)
     yield from answered(everything=True)
 
 

@@ -61,7 +61,7 @@ class Crew:
         ] = {}  # rank -> id of the processes whose silence ends the work: all for the leader, the leader for them
         self._lost: str | None = None  # why the others cannot be reached any more
         self._here = self._told = self._elsewhere = 0  # crops
-        self._finished = 0  # tasks, when alone
+        self._alone = {"handed out": 0, "finished": 0}  # tasks, where there is no store to count them
         self._closed = threading.Event()
         if store is not None:
             self._put(f"process/{rank}", {"id": self._id})
@@ -154,21 +154,35 @@ class Crew:
 
     # ---- The work
 
-    def tasks(self, todo: Sequence[Task]) -> Iterator[Task]:
-        """The tasks that fall to this process: each goes to whoever asks first."""
-        while not self.stop.is_set() and (number := self._next()) < len(todo):
-            yield todo[number]
-            if self._store is None:
-                self._finished += 1
-            else:
-                self._add(f"{self._job}/finished", 1)
+    def turns(self, todo: Sequence[Task]) -> Iterator[Iterator[Task]]:
+        """The tasks that fall to this process, each to whoever asks first. Those of a turn may be asked for while the one before is still
+        worked on. Before the next turn all of them must be finished.
+        """
+        while not self.stop.is_set() and (number := self._tasks("handed out", 1) - 1) < len(todo):
+            yield self._turn(todo, number)
 
-    def _next(self) -> int:
-        return self._finished if self._store is None else self._add(f"{self._job}/handed out", 1) - 1
+    def _turn(self, todo: Sequence[Task], number: int) -> Iterator[Task]:
+        while number < len(todo):
+            yield todo[number]
+            # The last tasks, one for each process, go to whoever is free: a slow process would let them wait.
+            if self.stop.is_set() or len(todo) - self._tasks("handed out", 0) < self.world:
+                return
+            number = self._tasks("handed out", 1) - 1
+
+    def count_finished(self) -> None:
+        """One more task is finished here."""
+        self._tasks("finished", 1)
 
     def all_finished(self, todo: Sequence[Task]) -> bool:
         """Whether every task is finished, whoever had it."""
-        return (self._finished if self._store is None else self._add(f"{self._job}/finished", 0)) >= len(todo)
+        return self._tasks("finished", 0) >= len(todo)
+
+    def _tasks(self, what: str, more: int) -> int:
+        """How many tasks are handed out or finished, with so many more."""
+        if self._store is not None:
+            return self._add(f"{self._job}/{what}", more)
+        self._alone[what] += more
+        return self._alone[what]
 
     def count(self, crops: int) -> None:
         """So many more crops were labelled here."""

@@ -134,6 +134,8 @@ def plan_job(settings: LabelSettings, local_rank: int = 0, local_world: int = 1)
         raise InputError("tf32: the teacher runs on the CPU, and only a GPU has TF32; leave --tf32 out")
     if device.type == "cpu":
         keep_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # or pinned memory, streams and a teacher's own tensors belong to the first GPU
     teacher = load_teacher(settings.teacher, settings.teacher_weights, settings.input_size)
     classes = choose_classes(settings.classes, train.folders, teacher, train.numbers)
     if like:
@@ -142,6 +144,7 @@ def plan_job(settings: LabelSettings, local_rank: int = 0, local_world: int = 1)
     if topk > len(classes.names):
         raise InputError(f"topk: {topk}, but there are only {len(classes.names):,} classes; choose at most that many")
     teacher.model.to(device)
+    classes = classes.to(device)
 
     chosen = images_of(like, train) if like else np.arange(len(train)) if settings.limit is None else evenly(len(train), settings.limit)
     paths = train.paths if len(chosen) == len(train) else PathTable.from_paths(train.paths[int(i)] for i in chosen)

@@ -7,6 +7,7 @@ it, label_progress.py what people are told.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import logging
 import signal
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ferkd.devices import repeatable
+from ferkd.devices import cores_for_decoding, repeatable
 from ferkd.filling import to_stderr
 from ferkd.label_batches import label_images
 from ferkd.label_crew import Crew, Task, joined_crew
@@ -67,7 +68,7 @@ def label_with_figures(settings: LabelSettings, say: Callable[[str], None] = to_
                 say("preflight: skipped" if settings.skip_preflight else "preflight: not repeated, since this store was begun already")
             else:
                 _check_teacher(job, say)
-        with repeatable(settings.tf32), _stopping_on_sigterm(crew.stop):
+        with repeatable(settings.tf32), cores_for_decoding(job.device), _stopping_on_sigterm(crew.stop):
             if settings.dry_run:
                 _measure(job, crew, say)
                 return None
@@ -118,7 +119,7 @@ def _measure(job: Job, crew: Crew, say: Callable[[str], None]) -> None:
 
     last = min(len(job.plan.paths), job.plan.shard_images) - 1
     with contextlib.suppress(_MeasuredEnough):
-        for _ in label_images(job, 0, 0, last, on_crops):
+        for _ in label_images(job, [Task(0, 0, last)], on_crops):
             pass
     together = crew.summed(rate.per_second())
     say(
@@ -187,35 +188,53 @@ def _work(job: Job, crew: Crew, writer: StoreWriter | ShardWriter, todo: Sequenc
     """Labels shards, one after the other, as long as there is one and nobody stops."""
     total = sum(task.last - task.first + 1 for task in todo) * job.plan.crops
     rate = Rate()
-    for task in crew.tasks(todo):
-        _write_shard(job, crew, writer, task, rate, total, on_news)
+    for tasks in crew.turns(todo):
+        _write_shards(job, crew, writer, tasks, rate, total, on_news)
 
 
-def _write_shard(
-    job: Job, crew: Crew, writer: StoreWriter | ShardWriter, task: Task, rate: Rate, total: int, on_news: Callable[[], None]
+def _write_shards(
+    job: Job, crew: Crew, writer: StoreWriter | ShardWriter, tasks: Iterator[Task], rate: Rate, total: int, on_news: Callable[[], None]
 ) -> None:
-    """Labels what a shard lacks, in units that are safe as soon as they are written. Raises Stopped when asked to stop."""
-    shard, first, last = task
+    """Labels what shards lack, in units that are safe as soon as they are written. When asked to stop, raises Stopped within a shard and
+    returns after it.
+    """
+    begun: collections.deque[Task] = collections.deque()  # what is left of the shard that is being written, and those taken ahead
     unit: list[LabelledImage] = []
+
+    def taken() -> Iterator[Task]:
+        for task in tasks:
+            begun.append(task)
+            yield task
 
     def on_crops(count: int) -> None:
         crew.count(count)
         rate.at(rate.done + count)
         on_news()
-        left = (min(UNIT_IMAGES, last + 1 - written) - len(unit)) * job.plan.crops
+        left = (_unit_images(begun[0]) - len(unit)) * job.plan.crops
         if crew.stop.is_set() and left > STOP_SECONDS * rate.per_second():
             raise crew.ending(_stopped_text(job, crew, total))
 
-    written = first
-    for image in label_images(job, shard * job.plan.shard_images, first, last, on_crops):
+    for image in label_images(job, taken(), on_crops):
         unit.append(image)
-        if len(unit) == UNIT_IMAGES or written + len(unit) > last:
-            writer.write_unit(shard, unit)
-            written += len(unit)
-            unit = []
-            if crew.stop.is_set() and written <= last:
-                raise crew.ending(_stopped_text(job, crew, total))
-    writer.finish_shard(shard)
+        if len(unit) < _unit_images(begun[0]):
+            continue
+        shard, first, last = begun[0]
+        writer.write_unit(shard, unit)
+        begun[0] = Task(shard, first + len(unit), last)
+        unit = []
+        if begun[0].first > last:
+            writer.finish_shard(shard)
+            crew.count_finished()
+            begun.popleft()
+            if crew.stop.is_set():
+                return
+        elif crew.stop.is_set():
+            raise crew.ending(_stopped_text(job, crew, total))
+
+
+def _unit_images(task: Task) -> int:
+    """The photos of a shard's next unit."""
+    return min(UNIT_IMAGES, task.last + 1 - task.first)
 
 
 def _stopped_text(job: Job, crew: Crew, total: int) -> str:

@@ -51,7 +51,7 @@ def load_online_teacher(
 ) -> OnlineTeacher:
     """Raises InputError as load_teacher does, for folders that are none of its classes, and for more answers than classes."""
     loaded = load_teacher(spec, weights, input_size)
-    classes = choose_classes(config.teacher_classes, train.folders, loaded, train.numbers)
+    classes = choose_classes(config.teacher_classes, train.folders, loaded, train.numbers).to(device)
     topk = min(5, len(classes.names)) if config.topk is None else config.topk
     if topk > len(classes.names):
         raise InputError(f"topk: {topk}, but the teacher has only {len(classes.names):,} classes; choose at most that many")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -61,8 +62,14 @@ class Preprocessing:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> float32 of the same shape, memory layout and device."""
-        scale = 1.0 / (255.0 * torch.tensor(self.std, dtype=torch.float64))
-        shift = -torch.tensor(self.mean, dtype=torch.float64) / torch.tensor(self.std, dtype=torch.float64)
-        image = pixels.to(torch.float32)
-        shape = (1, 3, 1, 1)
-        return image.mul_(scale.to(image).view(shape)).add_(shift.to(image).view(shape))
+        scale, shift = _scale_and_shift(self.mean, self.std, pixels.device)
+        return pixels.to(torch.float32).mul_(scale).add_(shift)
+
+
+@functools.lru_cache(maxsize=64)
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """float32 [1, 3, 1, 1] each, kept on the device: a copy for every batch would make the host wait for the GPU."""
+    with torch.inference_mode(False):  # or what is kept could not be used outside of it
+        mean64, std64 = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+        scale, shift = (values.float().view(1, 3, 1, 1).to(device) for values in (1.0 / (255.0 * std64), -mean64 / std64))
+    return scale, shift

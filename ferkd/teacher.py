@@ -156,6 +156,10 @@ class TeacherClasses:
     columns: Tensor | None
     class_of_folder: NDArray[np.int64]
 
+    def to(self, device: torch.device) -> TeacherClasses:
+        """The same for logits on `device`: `select` copies `columns` there else, and the host waits for the GPU at every batch."""
+        return self if self.columns is None else dataclasses.replace(self, columns=self.columns.to(device))
+
     def select(self, logits: Tensor) -> Tensor:
         """[B, outputs] -> [B, C]."""
         return logits if self.columns is None else logits.index_select(1, self.columns.to(logits.device))

@@ -76,10 +76,14 @@ def _labeller(environment: dict[str, str], settings: LabelSettings, said: Path, 
             os.kill(os.getpid(), signal.SIGKILL)
         fsync(fd)
 
-    def noted_images(job, start, *rest):
-        with open(said.with_suffix(".shards"), "a") as file:
-            file.write(f"{start}\n")
-        for image in begun(job, start, *rest):
+    def noted(tasks):
+        for task in tasks:
+            with open(said.with_suffix(".shards"), "a") as file:
+                file.write(f"{task.shard * 64}\n")
+            yield task
+
+    def noted_images(job, tasks, on_crops):
+        for image in begun(job, noted(tasks), on_crops):
             time.sleep(orders.get("seconds an image", 0.0))
             yield image
 
@@ -265,15 +269,34 @@ def test_the_script_that_kills_at_random_moments_runs(capsys):
 
 def test_alone_the_tasks_come_in_order_until_stopped():
     crew, todo = Crew(), [Task(0, 0, 63), Task(1, 64, 99)]
-    tasks = crew.tasks(todo)
+    turns = crew.turns(todo)
+    tasks = next(turns)
     assert next(tasks) == todo[0]
+    crew.count_finished()
     assert not crew.all_finished(todo)
     crew.stop.set()
-    assert list(tasks) == []
+    assert [*tasks, *turns] == []
     assert isinstance(crew.ending("why"), Stopped)
     crew = Crew()
-    assert list(crew.tasks(todo)) == todo
+    assert [list(tasks) for tasks in crew.turns(todo)] == [todo]
+    assert not crew.all_finished(todo)
+    for _ in todo:
+        crew.count_finished()
     assert crew.all_finished(todo)
+
+
+def test_tasks_are_taken_ahead_but_for_the_last():
+    entries, todo = dist.HashStore(), [Task(i, 64 * i, 64 * i + 63) for i in range(6)]
+    slow, fast = Crew(entries, 0, 2), Crew(entries, 1, 2)
+    of_slow, of_fast = slow.turns(todo), fast.turns(todo)
+    ahead = next(of_slow)
+    assert [next(ahead).shard, next(ahead).shard] == [0, 1]
+    assert [task.shard for task in next(of_fast)] == [2, 3, 4]  # with one task left, nobody takes it while at work on another
+    assert list(ahead) == []
+    assert [task.shard for task in next(of_fast)] == [5]
+    assert [*of_slow, *of_fast] == []
+    for crew in (slow, fast):
+        crew.close()
 
 
 def test_entries_of_earlier_processes_mean_nothing():
@@ -314,7 +337,7 @@ def test_a_process_that_outlived_its_job_cannot_write(settings):
     """Its leader is gone, or another job has begun."""
     job = plan_job(settings)
     photos = range(64)
-    images = [image for _, image in zip(photos, label_batches.label_images(job, 0, 0, 63, lambda _: None), strict=True)]
+    images = [image for _, image in zip(photos, label_batches.label_images(job, [Task(0, 0, 63)], lambda _: None), strict=True)]
     with StoreWriter(settings.out, job.plan) as holder:
         writer, differences = joined_shards(settings.out, job.plan, holder.token)
         assert differences == []
@@ -338,7 +361,7 @@ def _write_first_unit(settings: LabelSettings, images: list, token: str, ready, 
 def test_two_writers_of_one_shard_are_refused(settings, monkeypatch):
     monkeypatch.setattr(store_writing, "SHARDS", 1)
     job = plan_job(settings)
-    images = list(label_batches.label_images(job, 0, 0, 63, lambda _: None))
+    images = list(label_batches.label_images(job, [Task(0, 0, 63)], lambda _: None))
     ready, go = PROCESSES.Event(), PROCESSES.Event()
     with StoreWriter(settings.out, job.plan) as holder:
         other = PROCESSES.Process(target=_write_first_unit, args=(settings, images, holder.token, ready, go))

@@ -19,6 +19,7 @@ from ferkd import label_batches, label_plan
 from ferkd.cli import main
 from ferkd.crops import Photo, take_crop
 from ferkd.errors import InputError, StoreError
+from ferkd.label_crew import Task
 from ferkd.labeling import LabelSettings, label
 from ferkd.store import StoreWriter
 from ferkd.verify import VerifySettings, verify
@@ -290,7 +291,7 @@ def test_a_store_that_records_nothing_is_judged_by_its_answers(photos, tmp_path)
     job = dataclasses.replace(job, plan=dataclasses.replace(job.plan, provenance={"decoder": {"apply_exif": True}}))
     with StoreWriter(tmp_path / "store", job.plan) as writer:
         for shard, first, last in writer.missing():
-            writer.write_unit(shard, list(label_batches.label_images(job, first, first, last, lambda _: None)))
+            writer.write_unit(shard, list(label_batches.label_images(job, [Task(shard, first, last)], lambda _: None)))
             writer.finish_shard(shard)
         writer.finish()
     verdict = verified(tmp_path / "store", photos)
