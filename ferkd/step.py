@@ -107,7 +107,7 @@ class TrainStep:
     """A student and all that changes with it: optimizer, gradient scaler, moving average. Calling it does one step."""
 
     def __init__(self, model: nn.Module, preprocessing: Preprocessing, config: TrainConfig, task: Task, ranks: Ranks) -> None:
-        self.model, self.config, self.task, self.ranks = model, config, task, ranks
+        self.model, self.config, self.task, self.ranks = model.train(), config, task, ranks
         self.size, self.device = preprocessing.input_size, ranks.device
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
@@ -149,7 +149,7 @@ class TrainStep:
         parts = self._parts(batch, stream, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        if not self.model.training:
+        if not self.model.training:  # it was evaluated
             self.model.train()
         statistics = [buffer.clone() for buffer in self._statistics] if config.nan == "skip" else []
         # The gradient is computed together with the loss, so it must know the scale that backward() will bring.
