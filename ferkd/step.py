@@ -100,7 +100,8 @@ class MovingAverage:
     def update(self, step: int) -> None:
         weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._averages, self._values, weight)
-        torch._foreach_copy_(self._copies, self._counters)
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._counters)
 
 
 class TrainStep:

@@ -195,6 +195,15 @@ def test_the_moving_average_follows_weights_and_buffers() -> None:
     assert not average.module.training
 
 
+def test_a_moving_average_of_a_model_that_counts_nothing() -> None:
+    model = nn.Linear(2, 2)
+    average = MovingAverage(model, 0.0)
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+    average.update(0)
+    torch.testing.assert_close(average.module.weight, model.weight)
+
+
 # ---------------------------------------------------------------------------------------------------------------------- compilation
 
 
