@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -166,7 +166,8 @@ class TrainStep:
             averaging = contextlib.nullcontext() if last else self.ranks.without_averaging(self._forward)
             is_new = self._is_new(part)
             with averaging, meter.compiles(is_new):
-                loss, stats = (self._compiled(is_new) if self.compiles else self._forward)(part, upstream, normalizer)
+                known = part, upstream, normalizer
+                loss, stats = self._compiled(is_new, *known) if self.compiles else self._forward(*known)
                 self.scaler.scale(loss).backward()
             seen.append((loss.detach(), stats))
         is_lost = self._update(statistics)
@@ -177,32 +178,29 @@ class TrainStep:
         if self.average:
             self.average.update(step)
 
-    def _compiled(self, is_new: bool) -> Callable[..., tuple[Tensor, LossStats]]:
-        """The compiled forward pass. It raises InputError where the student cannot be one graph."""
+    def _compiled(self, is_new: bool, *arguments: Any) -> tuple[Tensor, LossStats]:
+        """The compiled forward pass; `is_new`: of a part that is the first of its kind. Raises InputError where it cannot be one graph."""
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-        def forward(*arguments: Any) -> tuple[Tensor, LossStats]:
-            torch.compiler.cudagraph_mark_step_begin()
-            answer: tuple[Tensor, LossStats]
+        torch.compiler.cudagraph_mark_step_begin()
+        answer: tuple[Tensor, LossStats]
+        try:
             try:
-                try:
-                    answer = self._forward(*arguments)
-                except FailOnRecompileLimitHit:
-                    if not is_new:  # the student itself asks for another graph again and again
-                        raise
-                    torch.compiler.reset()  # the graphs of this process's earlier trainings, of which it keeps so many and no more
-                    answer = self._forward(*arguments)
-            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-                said = "it asks for another graph again and again"
-                if isinstance(error, TorchDynamoException):
-                    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-                raise InputError(
-                    f"compile: the student cannot be compiled as one graph ({said}); train it with --compile no, or mend it: "
-                    "TORCH_LOGS=graph_breaks,recompiles says where"
-                ) from error
-            return answer
-
-        return forward
+                answer = self._forward(*arguments)
+            except FailOnRecompileLimitHit:
+                if not is_new:  # the student itself asks for another graph again and again
+                    raise
+                torch.compiler.reset()  # the graphs of this process's earlier trainings, of which it keeps so many and no more
+                answer = self._forward(*arguments)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            said = "it asks for another graph again and again"
+            if isinstance(error, TorchDynamoException):
+                said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise InputError(
+                f"compile: the student cannot be compiled as one graph ({said}); train it with --compile no, or mend it: "
+                "TORCH_LOGS=graph_breaks,recompiles says where"
+            ) from error
+        return answer
 
     def _update(self, statistics: Sequence[Tensor]) -> Tensor | None:
         """Change the weights. Returns, under nan = skip, whether that was left out: 0-dim bool, on the device."""

@@ -14,7 +14,7 @@ from small_stores import files_of
 from tiny_teachers import GREYS
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import Waits
 
 from ferkd import label_batches, label_plan, labeling, preprocessing, shards, store_writing
 from ferkd.errors import InputError, Stopped
@@ -43,33 +43,17 @@ def settings(tmp_path):
 # ---- Copies
 
 
-class CopiesToTheGpu(TorchDispatchMode):
-    """Lists what is copied from the host to the GPU while the host waits."""
-
-    def __init__(self):
-        super().__init__()
-        self.waited = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = op(*args, **kwargs)
-        copied = op is torch.ops.aten._to_copy.default and (args[0].device.type, result.device.type) == ("cpu", "cuda")
-        if copied and not kwargs.get("non_blocking"):
-            self.waited.append(tuple(args[0].shape))
-        return result
-
-
 @contextlib.contextmanager
 def imagined_gpu():
-    """Within the block there is a GPU, whose tensors hold nothing; yields what is copied to it."""
-    with FakeTensorMode(allow_non_fake_inputs=True), CopiesToTheGpu() as copies:
-        yield copies
+    """Within the block there is a GPU, whose tensors hold nothing; yields what waits for it."""
+    with FakeTensorMode(allow_non_fake_inputs=True), Waits() as waits:
+        yield waits
     preprocessing._scale_and_shift.cache_clear()  # or imagined tensors would be found by others
 
 
 def test_no_batch_waits_for_a_copy_to_the_gpu(settings):
     classes, how = plan_job(settings).classes, Preprocessing(16)
-    with imagined_gpu() as copies:
+    with imagined_gpu() as waits:
         pixels = torch.empty(4, 3, 16, 16, dtype=torch.uint8, device="cuda")
         teacher = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 8, device="cuda"))
         classes = classes.to(pixels.device)
@@ -78,10 +62,10 @@ def test_no_batch_waits_for_a_copy_to_the_gpu(settings):
             return classes.select(answer_logits(teacher, how, pixels))
 
         assert answer().shape == (4, 8)
-        assert copies.waited
-        copies.waited.clear()
+        assert waits.found
+        waits.found.clear()
         answer()
-    assert copies.waited == []
+    assert waits.found == []
 
 
 def test_the_classes_lie_where_the_teacher_answers(settings, monkeypatch):

@@ -18,7 +18,7 @@ import torch
 from photos import tiny_net
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import Waits
 
 from ferkd import ops
 from ferkd.data import CropBatch, pixel_rows
@@ -31,29 +31,7 @@ from ferkd.regions import RegionPolicy
 from ferkd.step import TrainStep
 from ferkd.stream import CropStream, Phase
 
-READS_BACK = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
 ROWS, SIZE, CLASSES, K = 16, 32, 10, 5
-
-
-class Waits(TorchDispatchMode):
-    """Names every call that would make the host wait for the device, or the device for pageable memory of the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-        self.crossed = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function._opname
-        if name in READS_BACK:
-            self.found.append(name)
-        out = function(*args, **(kwargs or {}))
-        tensors = [value for value in (*args, out) if isinstance(value, Tensor)]
-        if name in ("_to_copy", "copy_") and len({tensor.device.type for tensor in tensors}) > 1:
-            self.crossed += 1
-            if not ((kwargs or {}).get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])):
-                self.found.append(f"{name} {list(tensors[0].shape)}")
-        return out
 
 
 def step_waits(changes: dict[str, Any]) -> Waits:
@@ -73,10 +51,11 @@ def step_waits(changes: dict[str, Any]) -> Waits:
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
 
-        Tensor.backward = backward  # type: ignore[assignment, method-assign]
+        # PyTorch's autograd and fused kernels know no pretended tensors; what a step asks of the device around them is what is looked at.
+        Tensor.backward = backward
         ranks = Ranks(device=torch.device("cuda"))
         learn, meter = TrainStep(model, Preprocessing(SIZE), config, task, ranks), Meter(ranks)
-        learn.optimizer.step = lambda: None  # type: ignore[assignment, method-assign]  # PyTorch's fused kernels know no pretended tensors
+        learn.optimizer.step = lambda: None
         stream = CropStream(1000, ROWS, [Phase(4, 10)], 0)
         pixels = pixel_rows(torch.zeros(ROWS * SIZE * SIZE * 3, dtype=torch.uint8), SIZE)
         batch = CropBatch(pixels, torch.zeros(ROWS, K, dtype=torch.int32), torch.zeros(ROWS, dtype=torch.int64))
