@@ -275,12 +275,13 @@ def test_a_line_cut_short_is_dropped_and_other_columns_are_refused(tmp_path):
         append_rows(path, ("a", "c"), [{"a": 1, "c": 2}])
 
 
-def tuned_as_if(results, study, top1):
-    """Rows of a tuning study as if every run of it had ended with top1(arm, seed)."""
+def tuned_as_if(results, study, top1, column="top1_last"):
+    """Rows of a tuning study as if every run of it had ended with top1(arm, seed) in `column`, and the other way round in the other."""
+    other = {"top1_last": "top1_folders_last", "top1_folders_last": "top1_last"}[column]
     path = runs_file(results, study.name)
     done = {(row["config"], row["seed"]) for row in read_rows(path)}
     rows = [
-        {"config": arm.config, "seed": seed, "top1_last": top1(arm, seed)}
+        {"config": arm.config, "seed": seed, column: top1(arm, seed), other: 1.0 - top1(arm, seed)}
         for arm, seed in study.runs()
         if (arm.config, str(seed)) not in done
     ]
@@ -290,7 +291,7 @@ def tuned_as_if(results, study, top1):
 def test_tuning_chooses_by_its_rules_and_what_waits_for_it_is_made_afterwards(tmp_path):
     with pytest.raises(studies.NotTuned, match="tune-rate"):
         studies.cifar_main(tmp_path)
-    assert [study.name for study in run.made(list(studies.STUDIES.values()), tmp_path)] == ["tune-rate", "imagenette-tune"]
+    assert [study.name for study in run.made(list(studies.STUDIES.values()), tmp_path)] == ["tune-rate"]
     assert "waits until tune-rate is complete" in run.listing(studies.STUDIES, tmp_path)
 
     rates = {(0.2, False): 0.5, (0.2, True): 0.6, (0.4, True): 0.64}
@@ -320,8 +321,15 @@ def test_tuning_chooses_by_its_rules_and_what_waits_for_it_is_made_afterwards(tm
     chosen = studies.chosen(tmp_path)
     assert chosen.thresholds["max", 0.0] == chosen.thresholds["max", 0.4] == (0.7, 0.0), "the best from seed 0 fell back from the others"
     assert chosen.primary == "max"
-    tuned_as_if(tmp_path, studies.imagenette_tune(tmp_path), top1)
-    tuned_as_if(tmp_path, studies.imagenette_tune(tmp_path), top1)
+
+    def ten_way(arm, seed):
+        return {("max", 0.3): 0.8, ("target", 0.01): 0.7}.get((arm.method.policy.confidence, arm.method.policy.discard_below), 0.6)
+
+    tuned_as_if(tmp_path, studies.imagenette_tune(tmp_path), ten_way, "top1_folders_last")
+    tuned_as_if(tmp_path, studies.imagenette_tune(tmp_path), ten_way, "top1_folders_last")
+    ours = {arm.method.name: arm.method.policy for arm in studies.imagenette(tmp_path).arms}
+    assert (ours["FerKD (max)"].discard_below, ours["FerKD (target)"].discard_below) == (0.3, 0.01), "tuned by ten-way accuracy"
+    assert ours["FerKD + SelfMix"] == ours["FerKD (max)"]
 
     made = run.made(list(studies.ALL_STUDIES.values()), tmp_path)
     assert [study.name for study in made] == list(studies.ALL_STUDIES)

@@ -13,7 +13,7 @@ from pathlib import Path
 from bench.convergence import figures
 from bench.convergence.results import Row, curves_file, read_rows, runs_file
 from bench.convergence.studies import ALL_STUDIES, NotTuned
-from bench.convergence.tables import ablation_tables, budget_table, design_tables, grid, tuning_table
+from bench.convergence.tables import ablation_tables, budget_table, design_tables, grid, ten_way_tables, tuning_table
 
 THRESHOLDS = ("discard_below", "calibrate_below")
 
@@ -45,10 +45,13 @@ SECTIONS: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "ablations": ("Ablations, 10,000 images", ablation_tables),
     "convergence": ("Budgets", budget_table),
     "convergence-wrong": ("Budgets, 40 % wrong ground truth", budget_table),
-    "imagenette-tune": ("Tuning: thresholds on Imagenette", lambda rows: tuning_table(rows, THRESHOLDS)),
-    "imagenette": ("Imagenette, ten-way accuracy", lambda rows: design_tables(rows, "top1_folders_last")),
-    "gpu-imagenette-resnet18": ("Imagenette at 128 px, ResNet-18, ten-way accuracy", lambda rows: design_tables(rows, "top1_folders_last")),
-    "gpu-imagenette-resnet50": ("Imagenette at 128 px, ResNet-50, ten-way accuracy", lambda rows: design_tables(rows, "top1_folders_last")),
+    "imagenette-tune": (
+        "Tuning: thresholds on Imagenette, ten-way accuracy",
+        lambda rows: tuning_table(rows, THRESHOLDS, "top1_folders_last"),
+    ),
+    "imagenette": ("Imagenette, ten-way accuracy", ten_way_tables),
+    "gpu-imagenette-resnet18": ("Imagenette at 128 px, ResNet-18, ten-way accuracy", ten_way_tables),
+    "gpu-imagenette-resnet50": ("Imagenette at 128 px, ResNet-50, ten-way accuracy", ten_way_tables),
 }
 
 

@@ -43,6 +43,15 @@ def small_student(num_classes: int) -> Described:
     return CifarResNet(blocks=1, first_stride=2, classes=num_classes), seen
 
 
+def photo_student(num_classes: int) -> Described:
+    """The same with twice the channels, for 64-pixel photographs: 425,736 parameters with 1,000 classes, 48 million multiplications a crop.
+
+    timm's ResNet-10-T takes 2.7 times as long a step, two fifths of that in its last stage, whose maps are 2 x 2 pixels here.
+    """
+    seen = {"input_size": 64, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bilinear", "crop_pct": 1.0}
+    return CifarResNet(blocks=1, widths=(32, 64, 128), first_stride=2, classes=num_classes), seen
+
+
 def _as_trained() -> dict[str, Any]:
     return {"input_size": 32, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bilinear", "crop_pct": 1.0, "classes": CIFAR10}
 

@@ -30,9 +30,9 @@ class NotTuned(Exception):
     """A study that another one waits for is not complete."""
 
 
-def held_out(study: str, runs: Iterable[tuple[Arm, int]], results: Path) -> dict[Arm, float]:
+def held_out(study: str, runs: Iterable[tuple[Arm, int]], results: Path, column: str = "top1_last") -> dict[Arm, float]:
     """The mean top-1 of each arm over its runs. Raises NotTuned when one of them is missing."""
-    found = {(row["config"], row["seed"]): float(row["top1_last"]) for row in read_rows(runs_file(results, study))}
+    found = {(row["config"], row["seed"]): float(row[column]) for row in read_rows(runs_file(results, study))}
     by_arm: dict[Arm, list[float]] = {}
     for arm, seed in runs:
         if (arm.config, str(seed)) not in found:
@@ -41,12 +41,12 @@ def held_out(study: str, runs: Iterable[tuple[Arm, int]], results: Path) -> dict
     return {arm: spread(values).mean for arm, values in by_arm.items()}
 
 
-def grid_and_finalists(study: str, groups: Iterable[tuple[Arm, list[Arm]]], results: Path) -> Study:
+def grid_and_finalists(study: str, groups: Iterable[tuple[Arm, list[Arm]]], results: Path, column: str = "top1_last") -> Study:
     """A grid from seed 0, and of each group the best FINALISTS again from seeds 1 and 2, beside the group's FKD. `groups`: (FKD, grid)."""
     groups = list(groups)
     first = Study(study, tuple(dict.fromkeys(arm for fkd, grid in groups for arm in (fkd, *grid))), (0,))
     try:
-        top1 = held_out(study, first.runs(), results)
+        top1 = held_out(study, first.runs(), results, column)
     except NotTuned:
         return first
     again = [arm for fkd, grid in groups for arm in (fkd, *sorted(grid, key=lambda arm: -top1[arm])[:FINALISTS])]
@@ -69,12 +69,12 @@ class Chosen(NamedTuple):
         return ferkd(self.primary, *self.thresholds[self.primary, images.wrong], name="FerKD + SelfMix", mix="selfmix")
 
 
-def choose(study: Study, results: Path) -> Chosen:
+def choose(study: Study, results: Path, column: str = "top1_last") -> Chosen:
     """Among the arms that were run again, the best of each kind; the confidence whose best are better on average over the images."""
     if not study.again:
         raise NotTuned(f"waits until {study.name} is complete")
     again = set(study.again)
-    top1 = held_out(study.name, [(arm, seed) for arm, seed in study.runs() if arm in again], results)
+    top1 = held_out(study.name, [(arm, seed) for arm, seed in study.runs() if arm in again], results, column)
     best: dict[tuple[str, float], Arm] = {}
     for arm in sorted(top1, key=lambda arm: top1[arm]):
         if arm.method != FKD:
@@ -260,11 +260,17 @@ def ablations(results: Path) -> Study:
 # ---- Imagenette ------------------------------------------------------------------------------------------------------------------
 
 IMAGENETTE = Images("imagenette")
-RESNET10T = Recipe("timm:resnet10t", steps=1800, lr=0.1, weight_decay=5e-5, image_size=64)
+TEN_WAY = "top1_folders_last"
+"""What is tuned by and compared: accuracy among the folders' ten classes, of the thousand that the teacher and the student have."""
 IMAGENETTE_GRID: dict[str, tuple[Thresholds, ...]] = {
     "max": ((0.1, 0.0), (0.3, 0.0), (0.0, 0.3), (0.1, 0.3), (0.1, 0.5), (0.3, 0.5)),
     "target": ((0.01, 0.0), (0.1, 0.0), (0.0, 0.1), (0.01, 0.1), (0.01, 0.3), (0.1, 0.3)),
 }
+
+
+def photo_recipe(results: Path, steps: int = 1800) -> Recipe:
+    """CIFAR-10's, learning rate and all, for a student of the same design: nothing of it is tuned on Imagenette."""
+    return dataclasses.replace(LONG, student="python:bench.convergence.models:photo_student", steps=steps, lr=rate(results), image_size=64)
 
 
 def imagenette_arm(method: Method, recipe: Recipe, images: Images) -> Arm:
@@ -273,17 +279,17 @@ def imagenette_arm(method: Method, recipe: Recipe, images: Images) -> Arm:
 
 
 def imagenette_tune(results: Path) -> Study:
-    recipe, images = dataclasses.replace(RESNET10T, steps=900), dataclasses.replace(IMAGENETTE, held_out=True)
+    recipe, images = photo_recipe(results, steps=900), dataclasses.replace(IMAGENETTE, held_out=True)
     fkd = imagenette_arm(FKD, recipe, images)
     grids = ((fkd, [imagenette_arm(ferkd(name, *at), recipe, images) for at in grid]) for name, grid in IMAGENETTE_GRID.items())
-    return grid_and_finalists("imagenette-tune", grids, results)
+    return grid_and_finalists("imagenette-tune", grids, results, TEN_WAY)
 
 
 def imagenette(results: Path) -> Study:
-    tuned = choose(imagenette_tune(results), results)
+    tuned = choose(imagenette_tune(results), results, TEN_WAY)
     ours = (tuned.method("max", IMAGENETTE), tuned.method("target", IMAGENETTE), tuned.selfmix(IMAGENETTE))
-    study = Study("imagenette", tuple(imagenette_arm(method, RESNET10T, IMAGENETTE) for method in (SMOOTH, FKD, *ours, FKD_MIX)), FIVE)
-    return extended(study, f"FerKD ({tuned.primary})", results, "top1_folders_last")
+    arms = (imagenette_arm(method, photo_recipe(results), IMAGENETTE) for method in (SMOOTH, FKD, *ours, FKD_MIX))
+    return extended(Study("imagenette", tuple(arms), FIVE), f"FerKD ({tuned.primary})", results, TEN_WAY)
 
 
 # ---- On a GPU: the same question with students and budgets that a CPU cannot have ------------------------------------------------
@@ -293,7 +299,7 @@ RESNET18 = Recipe("timm:resnet18", steps=2400, lr=0.2, weight_decay=5e-5, batch_
 
 def gpu_imagenette(results: Path, recipe: Recipe = RESNET18, seeds: tuple[int, ...] = FIVE) -> Study:
     """The planned comparisons at 128 px: 614,400 crops a run, 65 for each image, so that each stored one is seen twice."""
-    tuned = choose(imagenette_tune(results), results)
+    tuned = choose(imagenette_tune(results), results, TEN_WAY)
     ours = (tuned.ferkd(IMAGENETTE), tuned.selfmix(IMAGENETTE))
     name = f"gpu-imagenette-{recipe.student.partition(':')[2]}"
     return Study(name, tuple(imagenette_arm(method, recipe, IMAGENETTE) for method in (SMOOTH, FKD, *ours)), seeds)

@@ -114,11 +114,19 @@ def design_tables(rows: Iterable[Row], column: str = "top1_last") -> str:
     return "\n\n".join(parts)
 
 
-def tuning_table(rows: Sequence[Row], by: Sequence[str]) -> str:
+def ten_way_tables(rows: Sequence[Row]) -> str:
+    """The design's tables by accuracy among the folders' classes, and each method's among all the classes that the teacher has."""
+    parts = [design_tables(rows, "top1_folders_last")]
+    for cell, methods in cells(rows).items():
+        parts += [f"### {cell}, among all the teacher's classes (description)", method_table(methods)]
+    return "\n\n".join(parts)
+
+
+def tuning_table(rows: Sequence[Row], by: Sequence[str], column: str = "top1_last") -> str:
     """The mean held-out top-1 by the columns `by`, the best of each method and share of wrong ground truth in bold."""
     groups: dict[tuple[str, ...], dict[int, float]] = {}
     for row in rows:
-        groups.setdefault((row["wrong"], row["method"], *(row[name] for name in by)), {})[int(row["seed"])] = float(row["top1_last"])
+        groups.setdefault((row["wrong"], row["method"], *(row[name] for name in by)), {})[int(row["seed"])] = float(row[column])
     best = {key[:2]: max(means(groups, key[:2])) for key in groups}
     lines = []
     for key, values in sorted(groups.items()):
