@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.convergence import figures
-from bench.convergence.results import Row, curves_file, read_rows, runs_file
+from bench.convergence.results import TEN_WAY, Row, curves_file, read_rows, runs_file
 from bench.convergence.studies import ALL_STUDIES, NotTuned
 from bench.convergence.tables import ablation_tables, budget_table, design_tables, grid, ten_way_tables, tuning_table
 
@@ -47,7 +47,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "convergence-wrong": ("Budgets, 40 % wrong ground truth", budget_table),
     "imagenette-tune": (
         "Tuning: thresholds on Imagenette, ten-way accuracy",
-        lambda rows: tuning_table(rows, THRESHOLDS, "top1_folders_last"),
+        lambda rows: tuning_table(rows, THRESHOLDS, TEN_WAY),
     ),
     "imagenette": ("Imagenette, ten-way accuracy", ten_way_tables),
     "gpu-imagenette-resnet18": ("Imagenette at 128 px, ResNet-18, ten-way accuracy", ten_way_tables),
@@ -86,7 +86,7 @@ def main() -> int:
     written = [results / "convergence.md"]
     for study in ("cifar-main", "cifar-small-crops", "imagenette", "gpu-imagenette-resnet18", "gpu-imagenette-resnet50"):
         if rows := read_rows(runs_file(results, study)):
-            column = "top1_folders_last" if "imagenette" in study else "top1_last"
+            column = TEN_WAY if "imagenette" in study else "top1_last"
             written.append(figures.methods_picture(rows, results / f"convergence-{study}.png", column))
     studies = ("convergence", "convergence-wrong")
     if rows := [row for study in studies for row in read_rows(runs_file(results, study))]:

@@ -21,6 +21,9 @@ RUN_COLUMNS = (
 """`cpu_seconds`: user and system time of the run's processes, start and evaluation included; empty when an attempt's was lost.
 `discarded`, `calibrated`, `kept`: stored crops by region. `top1_best` is the last where val is read once."""
 
+TEN_WAY = "top1_folders_last"
+"""What Imagenette is tuned by and compared by: accuracy among the folders' ten classes, of the thousand that teacher and student have."""
+
 CURVE_COLUMNS = ("study", "config", "seed", "step", "crops", "seconds", "top1")
 """A run's evaluations, for studies with more than one."""
 

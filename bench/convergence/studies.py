@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from bench.convergence.datasets import Images
 from bench.convergence.paired import asks_for_more, paired_difference, spread
-from bench.convergence.results import read_rows, runs_file
+from bench.convergence.results import TEN_WAY, read_rows, runs_file
 from bench.convergence.settings import FIVE, FKD, FKD_MIX, HARD, ONLINE, SMOOTH, Arm, Method, Recipe, Study, ferkd
 from bench.convergence.stores import Labelling, Labels
 
@@ -260,8 +260,6 @@ def ablations(results: Path) -> Study:
 # ---- Imagenette ------------------------------------------------------------------------------------------------------------------
 
 IMAGENETTE = Images("imagenette")
-TEN_WAY = "top1_folders_last"
-"""What is tuned by and compared: accuracy among the folders' ten classes, of the thousand that the teacher and the student have."""
 IMAGENETTE_GRID: dict[str, tuple[Thresholds, ...]] = {
     "max": ((0.1, 0.0), (0.3, 0.0), (0.0, 0.3), (0.1, 0.3), (0.1, 0.5), (0.3, 0.5), (0.0, 0.5), (0.1, 0.7), (0.1, 0.9)),
     "target": ((0.01, 0.0), (0.1, 0.0), (0.0, 0.1), (0.01, 0.1), (0.01, 0.3), (0.1, 0.3), (0.01, 0.6), (0.1, 0.6), (0.1, 0.9)),
@@ -286,8 +284,12 @@ def imagenette_tune(results: Path) -> Study:
     return grid_and_finalists("imagenette-tune", grids, results, TEN_WAY)
 
 
+def imagenette_chosen(results: Path) -> Chosen:
+    return choose(imagenette_tune(results), results, TEN_WAY)
+
+
 def imagenette(results: Path) -> Study:
-    tuned = choose(imagenette_tune(results), results, TEN_WAY)
+    tuned = imagenette_chosen(results)
     ours = (tuned.method("max", IMAGENETTE), tuned.method("target", IMAGENETTE), tuned.selfmix(IMAGENETTE))
     arms = (imagenette_arm(method, photo_recipe(results), IMAGENETTE) for method in (SMOOTH, FKD, *ours, FKD_MIX))
     return extended(Study("imagenette", tuple(arms), FIVE), f"FerKD ({tuned.primary})", results, TEN_WAY)
@@ -300,7 +302,7 @@ RESNET18 = Recipe("timm:resnet18", steps=2400, lr=0.2, weight_decay=5e-5, batch_
 
 def gpu_imagenette(results: Path, recipe: Recipe = RESNET18, seeds: tuple[int, ...] = FIVE) -> Study:
     """The planned comparisons at 128 px: 614,400 crops a run, 65 for each image, so that each stored one is seen twice."""
-    tuned = choose(imagenette_tune(results), results, TEN_WAY)
+    tuned = imagenette_chosen(results)
     ours = (tuned.ferkd(IMAGENETTE), tuned.selfmix(IMAGENETTE))
     name = f"gpu-imagenette-{recipe.student.partition(':')[2]}"
     return Study(name, tuple(imagenette_arm(method, recipe, IMAGENETTE) for method in (SMOOTH, FKD, *ours)), seeds)

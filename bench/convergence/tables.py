@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from bench.convergence.paired import LEVEL, Difference, asks_for_more, holm, paired_difference, spread
-from bench.convergence.results import Row
+from bench.convergence.results import TEN_WAY, Row
 
 PLANNED = (("{FerKD}", "FKD"), ("FKD", "hard labels + smoothing"), ("FerKD + SelfMix", "{FerKD}"))
 """First - second; {FerKD} has the confidence that tuning chose, which is also SelfMix's."""
@@ -116,7 +116,7 @@ def design_tables(rows: Iterable[Row], column: str = "top1_last") -> str:
 
 def ten_way_tables(rows: Sequence[Row]) -> str:
     """The design's tables by accuracy among the folders' classes, and each method's among all the classes that the teacher has."""
-    parts = [design_tables(rows, "top1_folders_last")]
+    parts = [design_tables(rows, TEN_WAY)]
     for cell, methods in cells(rows).items():
         parts += [f"### {cell}, among all the teacher's classes (description)", method_table(methods)]
     return "\n\n".join(parts)
