@@ -330,6 +330,12 @@ def test_tuning_chooses_by_its_rules_and_what_waits_for_it_is_made_afterwards(tm
     ours = {arm.method.name: arm.method.policy for arm in studies.imagenette(tmp_path).arms}
     assert (ours["FerKD (max)"].discard_below, ours["FerKD (target)"].discard_below) == (0.3, 0.01), "tuned by ten-way accuracy"
     assert ours["FerKD + SelfMix"] == ours["FerKD (max)"]
+    before = studies.imagenette(tmp_path).arms
+    for _ in range(2):
+        tuned_as_if(tmp_path, studies.imagenette_tune_folders(tmp_path), ten_way, "top1_folders_last")
+    fkd, among_folders = studies.imagenette(tmp_path).arms[len(before) :]
+    assert {arm.labels.labelling.teacher for arm in (fkd, among_folders)} == {"lite0-folders"}
+    assert (fkd.method, among_folders.method.policy.discard_below) == (FKD, 0.01), "tuned by themselves, beside what was there"
 
     made = run.made(list(studies.ALL_STUDIES.values()), tmp_path)
     assert [study.name for study in made] == list(studies.ALL_STUDIES)

@@ -49,6 +49,10 @@ SECTIONS: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
         "Tuning: thresholds on Imagenette, ten-way accuracy",
         lambda rows: tuning_table(rows, THRESHOLDS, TEN_WAY),
     ),
+    "imagenette-tune-folders": (
+        "Tuning: thresholds on Imagenette, the teacher's answers among the folders' classes",
+        lambda rows: tuning_table(rows, THRESHOLDS, TEN_WAY),
+    ),
     "imagenette": ("Imagenette, ten-way accuracy", ten_way_tables),
     "gpu-imagenette-resnet18": ("Imagenette at 128 px, ResNet-18, ten-way accuracy", ten_way_tables),
     "gpu-imagenette-resnet50": ("Imagenette at 128 px, ResNet-50, ten-way accuracy", ten_way_tables),

@@ -24,12 +24,14 @@ class Teacher:
     """How `ferkd label` runs it."""
 
 
+LITE0 = Teacher("python:lite0_teacher:make", flags=("--autocast", "bf16", "--batch-size", "32"))
 RESNET56 = "cifar10-teachers/resnet56-4bfd9763.th"
 TEACHERS = {
     "resnet20": Teacher("python:bench.convergence.models:resnet20", "cifar10-teachers/resnet20-12fca82f.th"),
     "resnet56": Teacher("python:bench.convergence.models:resnet56", RESNET56),
     "resnet56-unnormalised": Teacher("python:bench.convergence.models:resnet56_unnormalised", RESNET56),
-    "lite0": Teacher("python:lite0_teacher:make", flags=("--autocast", "bf16", "--batch-size", "32")),
+    "lite0": LITE0,
+    "lite0-folders": dataclasses.replace(LITE0, flags=(*LITE0.flags, "--classes", "folder")),
 }
 
 
