@@ -118,6 +118,19 @@ def _wordnet_index(teacher_classes: Sequence[str] | None, outputs: int) -> dict[
     return {}
 
 
+ELSEWHERE_SHARE = 0.1
+"""From so much of the probability on classes that have no folder on, it is worth a warning."""
+
+
+def elsewhere_line(share: float, with_folder: int, classes: int) -> str:
+    """For people: how much of a teacher's probability goes to classes that have no folder, and from a tenth on what to do about it."""
+    without = classes - with_folder
+    said = f"{share:.0%} of the teacher's probability goes to the {without:,} of its {classes:,} classes that have no folder"
+    if share < ELSEWHERE_SHARE:
+        return said
+    return f"{said}; --classes folder (an online teacher: --teacher-classes folder) asks it among the other {with_folder:,} alone"
+
+
 def some(names: Sequence[str], most: int = 5) -> str:
     """The first few of a list of names, and how many more there are."""
     shown = ", ".join(repr(name) for name in names[:most])

@@ -110,10 +110,14 @@ class Candidate(NamedTuple):
 
 class Inspection:
     """The counts of a store. `regions` and `region_agree` int64 [3], by Region under the policy; `by_confidence` and `by_scale` by its
-    confidence; `counts` by each kind of confidence. Images that could not be read when they were labelled are `unreadable` and no more."""
+    confidence; `counts` by each kind of confidence. Images that could not be read when they were labelled are `unreadable` and no more.
 
-    def __init__(self, policy: RegionPolicy) -> None:
-        self.policy = policy
+    `has_folder`: bool [C], the classes that have a folder.
+    """
+
+    def __init__(self, policy: RegionPolicy, has_folder: npt.NDArray[np.bool_]) -> None:
+        self.policy, self.has_folder = policy, has_folder
+        self._here = 0.0
         self.images = self.images_without_survivor = self.unreadable = 0
         self.by_confidence, self.by_scale = Bands.empty(BANDS), Bands.empty(len(SCALES) - 1)
         own = (policy.discard_below, policy.calibrate_below, policy.discard_above)
@@ -133,8 +137,14 @@ class Inspection:
     def crops(self) -> int:
         return int(self.by_scale.crops.sum())
 
-    def add(self, ids: Ints, probs: npt.NDArray[np.float32], targets: Ints, scale: npt.NDArray[np.float64], classes: int) -> None:
+    @property
+    def elsewhere(self) -> float:
+        """The share of the teacher's probability on classes that have no folder, 0 to 1; the tail counts evenly for those not stored."""
+        return 0.0 if self.has_folder.all() else max(0.0, 1.0 - self._here / max(1, self.crops))
+
+    def add(self, ids: Ints, probs: npt.NDArray[np.float32], targets: Ints, scale: npt.NDArray[np.float64]) -> None:
         """Count some images' crops: ids and probs [images, M, k], targets [images], scale [images, M] (area share of each crop)."""
+        classes = len(self.has_folder)
         truth = torch.from_numpy(np.broadcast_to(targets[:, None], scale.shape).copy())
         agree = ids[..., 0] == targets[:, None]
         for kind, counts in self.counts.items():
@@ -145,6 +155,12 @@ class Inspection:
                 self.images_without_survivor += int((region == Region.DISCARDED).all(axis=1).sum())
                 chosen = confidence.numpy()
         self.images += len(targets)
+        if not self.has_folder.all():
+            is_here = self.has_folder[ids]
+            stored = np.where(is_here, probs, 0.0).sum(-1, dtype=np.float64)
+            tail = np.maximum(1.0 - probs.sum(-1, dtype=np.float64), 0.0)
+            left = np.maximum(int(self.has_folder.sum()) - is_here.sum(-1), 0) / max(1, classes - ids.shape[-1])
+            self._here += float((stored + tail * left).sum())
         self.by_confidence.add((chosen * BANDS).astype(np.int64).clip(0, BANDS - 1), agree, chosen)
         self.by_scale.add(np.searchsorted(SCALES[1:-1], scale, side="right"), agree, chosen)
 
@@ -159,7 +175,7 @@ class Inspection:
         policy = self.policy
         return {
             "images": self.images, "images_without_survivor": self.images_without_survivor, "images_unreadable": self.unreadable,
-            "crops": self.crops, "policy": dataclasses.asdict(policy),
+            "crops": self.crops, "policy": dataclasses.asdict(policy), "elsewhere": round(self.elsewhere, 6),
             "regions": _by_region(self.regions), "region_agree": _by_region(self.region_agree),
             "band_crops": self.by_confidence.crops.tolist(), "band_agree": self.by_confidence.agree.tolist(),
             "scale_edges": list(SCALES), "scale_crops": self.by_scale.crops.tolist(), "scale_agree": self.by_scale.agree.tolist(),
@@ -176,7 +192,9 @@ def inspect_store(store: LabelStore, policy: RegionPolicy, progress: Callable[[i
 
     `progress` is called with the number of images done. Raises StoreError for labels that were changed.
     """
-    inspection = Inspection(policy)
+    has_folder = np.zeros(store.classes, bool)
+    has_folder[list(store.folders.values())] = True
+    inspection = Inspection(policy, has_folder)
     m, numbers = store.crops, np.arange(store.crops)
     step = max(1, _CHUNK_CROPS // m)
     words = np.empty((step, m, store.label_width), np.uint32)
@@ -194,7 +212,7 @@ def inspect_store(store: LabelStore, policy: RegionPolicy, progress: Callable[[i
             n += 1
         if n:
             ids, probs = store.unpack(words[:n].reshape(-1, store.label_width))
-            inspection.add(ids.reshape(n, m, -1), probs.reshape(n, m, -1), targets[:n], scale[:n], store.classes)
+            inspection.add(ids.reshape(n, m, -1), probs.reshape(n, m, -1), targets[:n], scale[:n])
         if progress:
             progress(min(first + step, len(store)))
     return inspection

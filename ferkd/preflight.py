@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ferkd.classes import ELSEWHERE_SHARE, elsewhere_line
 from ferkd.crops import CropSettings, center_view, draw_crops, take_crop
 from ferkd.errors import CheckFailed, InputError
 from ferkd.photos import SplitPhotos
@@ -76,6 +77,8 @@ class Alternative:
 class PreflightReport:
     """What the preflight found. `top1` of `images` centre views of `source`, at least `limit` being plausible; shares from 0 to 1.
 
+    `agreement`, `confidence` and `elsewhere` are of `crops` crops; `elsewhere`: the share of the probability that goes to classes that have
+    no folder.
     `refusal` is why one should not label, None when all is well; `warnings` are worth a look.
     """
 
@@ -86,6 +89,7 @@ class PreflightReport:
     crops: int
     agreement: float
     confidence: float
+    elsewhere: float
     bands: tuple[Band, ...]
     alternatives: tuple[Alternative, ...]
     warnings: tuple[str, ...]
@@ -118,7 +122,8 @@ def preflight(
 
     Refuses when top-1 is not a quarter of the way from guessing to perfect (within two standard errors), when another normalisation
     gains 3 points and 3 standard errors, or when the folders' usual answers explain 20 points more than the class list. Warns when
-    confidence exceeds agreement by 15 points, over all crops or in a band of crop scale.
+    confidence exceeds agreement by 15 points, over all crops or in a band of crop scale, and when a tenth of the probability goes to
+    classes that have no folder, which a student would learn instead of those that have one.
 
     A slow teacher is shown fewer images, 64 at the least, to keep to `seconds`. Raises InputError when it answers NaN or when no
     image can be read.
@@ -143,7 +148,10 @@ def preflight(
     crop_logits = run.logits(cut, teacher.preprocessing, share=0.3)
     cut, crop_targets, scales = cut[: len(crop_logits)], crop_targets[: len(crop_logits)], scales[: len(crop_logits)]
     crop_right = run.answers(crop_logits) == crop_targets
-    confidence = torch.softmax(classes.select(crop_logits), 1).amax(1).double().numpy()
+    probs = torch.softmax(classes.select(crop_logits), 1)
+    confidence = probs.amax(1).double().numpy()
+    here = np.unique(classes.class_of_folder)
+    elsewhere = 0.0 if len(here) == options else max(0.0, 1 - float(probs[:, torch.from_numpy(here)].double().sum(1).mean()))
     bands = tuple(
         Band(low, high, int(inside.sum()), float(crop_right[inside].mean()), float(confidence[inside].mean()))
         for low, high in itertools.pairwise(SCALE_BANDS)
@@ -186,14 +194,16 @@ def preflight(
     refusal = _verdict(top1, limit, len(shown), source, options, implausible, tried, teacher)
     if refusal is None:
         warnings += _overconfident(agreement, sure, bands)
+        warnings += [elsewhere_line(elsewhere, len(here), options)] if elsewhere >= ELSEWHERE_SHARE else []
         warnings += [
             f"at {other.setting} the teacher gets {other.top1:.1%} of the same images right, at {size} px {other.given:.1%}"
             for other in tried
             if other.kind == "input size" and _significant(other)
         ]
     return PreflightReport(
-        source, len(shown), top1, limit, len(crop_right), agreement, sure, bands, tuple(tried), tuple(warnings), refusal, run.elapsed()
-    )
+        source, len(shown), top1, limit, len(crop_right), agreement, sure, elsewhere, bands, tuple(tried), tuple(warnings), refusal,
+        run.elapsed(),
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

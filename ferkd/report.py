@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ferkd.classes import elsewhere_line
 from ferkd.crops import take_crop
 from ferkd.errors import InputError
 from ferkd.inspection import BANDS, SCALES, Inspection, sample_crops, sample_images
@@ -29,12 +30,13 @@ METHOD_COLOURS = {"hard labels": "#5c6b73", "FKD": "#30638e", "FerKD": "#d1495b"
 def inspection_table(inspection: Inspection) -> str:
     """The counts as text: by region, by confidence band, by crop scale, and for candidate thresholds. Agreement: the teacher's first
     answer is the ground truth."""
-    policy, crops = inspection.policy, max(1, inspection.crops)
+    policy, crops, has_folder = inspection.policy, max(1, inspection.crops), inspection.has_folder
     lines = [
         f"{inspection.crops:,} crops of {inspection.images:,} images; {inspection.images_without_survivor:,} images have no crop left"
         + (f"; {inspection.unreadable:,} could not be read when they were labelled" if inspection.unreadable else ""),
         f"policy: discard below {policy.discard_below:.6g}, calibrate below {policy.calibrate_below:.6g}, discard above "
         f"{policy.discard_above:.6g}, confidence {policy.confidence}",
+        *([elsewhere_line(inspection.elsewhere, int(has_folder.sum()), len(has_folder))] if not has_folder.all() else []),
         "",
         f"{'region':<12}{'crops':>14}{'share':>9}{'agreement':>12}",
     ]

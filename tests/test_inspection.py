@@ -107,10 +107,10 @@ def test_a_threshold_that_was_not_counted_is_refused() -> None:
 
 
 def test_bands_of_scale_and_confidence() -> None:
-    inspection = Inspection(RegionPolicy())
+    inspection = Inspection(RegionPolicy(), np.ones(3, bool))
     ids = np.array([[[0, 1], [0, 1], [1, 0]]])
     probs = np.array([[[0.5, 0.2], [0.97, 0.01], [1.0, 0.0]]], np.float32)
-    inspection.add(ids, probs, np.array([0]), np.array([[0.07, 0.08, 1.0]]), classes=3)
+    inspection.add(ids, probs, np.array([0]), np.array([[0.07, 0.08, 1.0]]))
     assert inspection.by_confidence.crops.nonzero()[0].tolist() == [10, 19]
     assert inspection.by_confidence.crops[[10, 19]].tolist() == [1, 2]
     assert inspection.by_confidence.agree[[10, 19]].tolist() == [1, 1]
@@ -118,6 +118,23 @@ def test_bands_of_scale_and_confidence() -> None:
     assert inspection.by_scale.agree.tolist() == [1, 1, 0, 0, 0, 0, 0]
     assert inspection.by_scale.confidence[[0, 1, 6]].tolist() == pytest.approx([0.5, 0.97, 1.0])
     assert len(inspection.by_scale.crops) == len(SCALES) - 1
+
+
+def test_probability_on_classes_without_a_folder_is_counted_and_said() -> None:
+    inspection = Inspection(RegionPolicy(), np.array([True, False, True, False, False, False]))
+    ids = np.array([[[0, 1], [1, 3]]])
+    probs = np.array([[[0.52, 0.3], [0.4, 0.2]]], np.float32)
+    inspection.add(ids, probs, np.array([0]), np.array([[0.5, 0.5]]))
+    # Of the tails of 0.2 and 0.4, spread over four classes, one and two have a folder.
+    assert inspection.elsewhere == pytest.approx(1 - (0.52 + 0.18 / 4 + 0.4 * 2 / 4) / 2)
+    assert inspection.as_json()["elsewhere"] == pytest.approx(0.6175)
+    assert "62% of the teacher's probability goes to the 4 of its 6 classes that have no folder; --classes folder" in (
+        inspection_table(inspection)
+    )
+    everywhere = Inspection(RegionPolicy(), np.ones(6, bool))
+    everywhere.add(ids, probs, np.array([0]), np.array([[0.5, 0.5]]))
+    assert everywhere.elsewhere == 0.0
+    assert "no folder" not in inspection_table(everywhere)
 
 
 def test_the_table_says_what_each_candidate_would_do(store: LabelStore) -> None:

@@ -89,6 +89,23 @@ def test_overconfidence_is_warned_of_overall_and_by_band(greys):
     assert any("on crops of 50% to 75% of the photo" in warning for warning in report.warnings)
 
 
+def test_probability_on_classes_without_a_folder_is_warned_of(greys, tmp_path):
+    for split in ("train", "val"):
+        for name in ("g0", "g3", "g6"):
+            (tmp_path / split).mkdir(exist_ok=True)
+            (tmp_path / split / name).symlink_to(greys / split / name)
+    report = report_on(tmp_path, "vague_by_name")
+    report.require()
+    assert 0.1 < report.elsewhere < 0.9
+    (warning,) = (warning for warning in report.warnings if "no folder" in warning)
+    assert warning.startswith(f"{report.elsewhere:.0%} of the teacher's probability goes to the 5 of its 8 classes that have no folder; ")
+    assert "--classes folder" in warning
+    among_folders = report_on(tmp_path, "vague_by_name", choice="folder")
+    assert among_folders.elsewhere == 0.0
+    assert not any("no folder" in warning for warning in among_folders.warnings)
+    assert report_on(greys, "vague_by_name").elsewhere == 0.0
+
+
 def test_the_preflight_is_repeatable(greys):
     first, second = report_on(greys, "vague"), report_on(greys, "vague")
     assert (first.top1, first.agreement, first.confidence, first.bands) == (second.top1, second.agreement, second.confidence, second.bands)

@@ -43,6 +43,10 @@ def vague() -> tuple[nn.Module, dict]:
     return GreyTeacher(20.0), HALF
 
 
+def vague_by_name() -> tuple[nn.Module, dict]:
+    return GreyTeacher(20.0), {**HALF, "classes": [f"g{i}" for i in range(LEVELS)]}
+
+
 def wrong_normalisation() -> tuple[nn.Module, dict]:
     return GreyTeacher(), {**HALF, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 

@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from ferkd.classes import elsewhere_line
 from ferkd.inspection import BANDS, CANDIDATES, SCALES, Bands, Inspection
 from ferkd.pages.page import Markup, escaped, page, table
 from ferkd.pages.photos import REGION_LEGEND, sample_photos
@@ -34,10 +35,12 @@ def store_page(store: LabelStore, inspection: Inspection, photos: Photos | None 
     teacher = store.manifest.provenance.get("teacher")
     spec = teacher.get("spec") if isinstance(teacher, dict) else teacher
     unreadable = f" {inspection.unreadable:,} images could not be read when they were labelled." if inspection.unreadable else ""
+    has_folder = inspection.has_folder
+    elsewhere = "" if has_folder.all() else elsewhere_line(inspection.elsewhere, int(has_folder.sum()), len(has_folder))
     body = f"""
 <p class="lead">{inspection.images:,} images × {store.crops} crops, the {store.k} most probable of {store.classes:,} classes,
 answers of {escaped(spec or "an unknown teacher")}.{unreadable} “Agreement” is the share of crops whose most probable class is the
-ground truth.</p>
+ground truth. {f"{escaped(elsewhere)}." if elsewhere else ""}</p>
 {_thresholds(inspection, note)}
 {_PHOTOS if photos else ""}
 <h2>What other thresholds would do</h2>
