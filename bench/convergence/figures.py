@@ -113,7 +113,12 @@ def why_picture(rows: Sequence[Row], path: Path) -> Path:
         share.set_xlabel("confidence")
         for axes in (right, share):
             axes.grid(linewidth=0.4)
-    panels[0, 0].legend(fontsize=6, frameon=False)
+    named: set[str] = set()
+    for axes in panels[0]:  # the second column names what the first one lacks
+        lines = [line for line in axes.get_lines() if line.get_label() not in named]
+        named |= {str(line.get_label()) for line in lines}
+        if lines:
+            axes.legend(handles=lines, fontsize=6, frameon=False)
     return _save(figure, path)
 
 
