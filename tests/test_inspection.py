@@ -125,7 +125,7 @@ def test_probability_on_classes_without_a_folder_is_counted_and_said() -> None:
     ids = np.array([[[0, 1], [1, 3]]])
     probs = np.array([[[0.52, 0.3], [0.4, 0.2]]], np.float32)
     inspection.add(ids, probs, np.array([0]), np.array([[0.5, 0.5]]))
-    # Of the tails of 0.2 and 0.4, spread over four classes, one and two have a folder.
+    # Of the tails of 0.18 and 0.4, spread over four classes, one and two have a folder.
     assert inspection.elsewhere == pytest.approx(1 - (0.52 + 0.18 / 4 + 0.4 * 2 / 4) / 2)
     assert inspection.as_json()["elsewhere"] == pytest.approx(0.6175)
     assert "62% of the teacher's probability goes to the 4 of its 6 classes that have no folder; --classes folder" in (
