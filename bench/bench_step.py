@@ -96,7 +96,6 @@ def calls(settings: argparse.Namespace, device: torch.device) -> dict[str, Calla
         nonlocal step
         learn(crops, stream, step, 0.01, meter)
         step += 1
-        meter.steps += 1
 
     logits = torch.randn(batch, classes, device=device, dtype=amp or torch.float32).requires_grad_()
 

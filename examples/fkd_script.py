@@ -38,8 +38,9 @@ optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_de
 mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 for step, batch in enumerate(loader):
-    one_pass = args.num_crops  # epochs in which every image is visited once
-    epoch = int(step * loader.epochs_a_step) // one_pass * one_pass
+    epoch = int(step * loader.epochs_a_step)
+    if epoch < args.epochs - args.num_crops:  # num_crops epochs in which every image is visited once; later an epoch is a pass
+        epoch -= epoch % args.num_crops
     for group in optimizer.param_groups:
         group["lr"] = 0.5 * args.lr * (1 + math.cos(math.pi * epoch / args.epochs))
     images = (batch.pixels.to(device, non_blocking=True).float() / 255 - mean) / std

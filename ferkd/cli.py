@@ -41,7 +41,8 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    is_first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes the first tells, the others only warn
+    logging.basicConfig(level=logging.INFO if is_first else logging.WARNING, format="%(message)s", stream=sys.stderr)
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: ferkd COMMAND ...\n\nKnowledge distillation of image classifiers from stored teacher labels.\n")
         print("\n".join(f"  {name:<9} {command.what}" for name, command in COMMANDS.items()))

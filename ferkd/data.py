@@ -6,7 +6,6 @@ An image is decoded once a visit, and only the crops it needs are cut; discarded
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 
 from ferkd import process
 from ferkd.crops import CropSettings, Interpolation, center_view, draw_crops, take_crop
-from ferkd.errors import InputError, StoreError
+from ferkd.errors import InputError, SourceLost, StoreError
 from ferkd.photos import DecodedSource, SplitPhotos
 from ferkd.process import LARGER
 from ferkd.regions import Region, RegionPolicy, region_of
@@ -159,7 +158,7 @@ class FreshCrops(Dataset[ImageCrops]):
             try:
                 photo = self.photos(image)
                 break
-            except StoreError:
+            except (StoreError, SourceLost):  # a disk that went away must not end as other crops than were asked for
                 raise
             except InputError as error:
                 unreadable.append(str(error))
@@ -257,6 +256,8 @@ class CenterViews(Dataset[tuple[Tensor, int, int]]):
     def __getitem__(self, image: int) -> tuple[Tensor, int, int]:
         try:
             photo = self.photos(image)
+        except SourceLost:
+            raise
         except InputError:
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), UNREADABLE, image
         return center_view(photo, self.size, self.crop_pct, self.interpolation), int(self.targets[image]), image
@@ -322,8 +323,11 @@ def loaded(loader: DataLoader[Any]) -> Iterator[Any]:
         yield batch
 
 
-def training_loader(dataset: Dataset[ImageCrops], sampler: StreamSampler, workers: int, pin_memory: bool) -> DataLoader[Any]:
+def training_loader(
+    dataset: Dataset[ImageCrops], sampler: StreamSampler, workers: int, pin_memory: bool, reserve: int = 0
+) -> DataLoader[Any]:
     """CropBatches of the stream in order, to be read by `loaded`. Workers only change who does the work, never its result.
+    `reserve`: bytes of shared memory to leave for another loader of this process.
 
     Raises InputError where the workers' batches would not fit into shared memory.
     """
@@ -336,20 +340,27 @@ def training_loader(dataset: Dataset[ImageCrops], sampler: StreamSampler, worker
         collate_fn=_as_it_is,
         num_workers=workers,
         pin_memory=pin_memory,
-        prefetch_factor=batches_ahead(workers, sampler.stream.batch_size // sampler.world, *sizes),
+        prefetch_factor=batches_ahead(workers, sampler.stream.batch_size // sampler.world, *sizes, reserve=reserve),
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # else starting the loader would draw from the global one, which a resumed run must find untouched
     )
 
 
-def evaluation_loader(views: Dataset[Any], batch_size: int, workers: int) -> DataLoader[Any]:
-    """The items of `views` in order, collated, to be read by `loaded`. Raises InputError as training_loader does."""
+def evaluation_loader(views: Dataset[Any], batch_size: int, workers: int, ahead: int | None = None) -> DataLoader[Any]:
+    """The items of `views` in order, collated, to be read by `loaded`. `ahead`: batches of each worker that there is known to be room for.
+
+    Raises InputError as training_loader does, unless `ahead` is given.
+    """
+    if workers == 0:
+        ahead = None
+    elif ahead is None:
+        ahead = batches_ahead(workers, batch_size, *([views.size] if isinstance(views, CenterViews) else []))
     return DataLoader(
         _ErrorsAsValues(views),
         batch_size=batch_size,
         collate_fn=_FirstError(default_collate),
         num_workers=workers,
-        prefetch_factor=batches_ahead(workers, batch_size, *([views.size] if isinstance(views, CenterViews) else [])),
+        prefetch_factor=ahead,
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # evaluating must not draw from the global one, whose state belongs to training
     )
@@ -358,20 +369,25 @@ def evaluation_loader(views: Dataset[Any], batch_size: int, workers: int) -> Dat
 MOST_BATCHES_AHEAD = 4
 
 
-def batches_ahead(workers: int, rows: int, *sizes: int) -> int | None:
+def batches_memory(workers: int, rows: int, *sizes: int, ahead: int = 1) -> int:
+    """Bytes of shared memory that one process's loader fills: batches of `rows` pictures of each of `sizes` pixels square, `ahead` of each
+    worker, the one in use and the one that follows it."""
+    return (workers * ahead + 2) * rows * sum(size * size * 3 for size in sizes) if workers else 0
+
+
+def batches_ahead(workers: int, rows: int, *sizes: int, reserve: int = 0) -> int | None:
     """How many batches, `rows` pictures of each of `sizes` pixels square, each loader process may be ahead, so that shared memory holds
-    them all.
+    them all and `reserve` bytes more.
 
     Found out beforehand, because where shared memory is full the thread that sends a batch dies of it, and training would wait for ever.
     Raises InputError when not even one batch for each loader fits.
     """
     if workers == 0:
         return None
-    batch = rows * sum(size * size * 3 for size in sizes)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's, on this machine: each has loaders of its own
+    processes = process.local_processes()  # each has loaders of its own
     free = process.free_shared_memory()
     for ahead in range(MOST_BATCHES_AHEAD, 0, -1):
-        needed = processes * (workers * ahead + 2) * batch  # the one in use and the one that follows it, besides
+        needed = processes * (batches_memory(workers, rows, *sizes, ahead=ahead) + reserve)
         if needed <= free:
             return ahead
     raise InputError(

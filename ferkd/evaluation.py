@@ -45,7 +45,7 @@ def evaluate_model(loaded: LoadedModel, data: str | os.PathLike[str], batch_size
     return evaluate(loaded.model.to(device), views, preprocessing, folder_classes, device, batch_size=batch_size, workers=workers)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what a student makes here and keeps could not be trained with afterwards
 def evaluate(
     model: nn.Module,
     views: Dataset[Any],
@@ -55,13 +55,15 @@ def evaluate(
     *,
     batch_size: int,
     workers: int | None = None,
+    prefetch: int | None = None,
     amp: torch.dtype | None = None,
     ranks: Ranks | None = None,
 ) -> Accuracy:
     """Top-1 and top-5 over evaluation views (pixels uint8 [3, S, S], class id, number).
 
-    `folder_classes`: the class ids that have a folder, for `top1_folders`. `amp`: the autocast dtype, None for float32. With `ranks`
-    every process looks at its own share of the images and all return the same figures.
+    `folder_classes`: the class ids that have a folder, for `top1_folders`. `prefetch`: batches that each worker may be ahead, for which the
+    caller knows that shared memory has room; None: as many as fit. `amp`: the autocast dtype, None for float32. With `ranks` every process
+    looks at its own share of the images and all return the same figures.
     """
     model.eval()
     normalise = Normalise(preprocessing.input_size, preprocessing.mean, preprocessing.std, device)
@@ -76,7 +78,7 @@ def evaluate(
         workers = 0
     elif workers is None:
         workers = min(8, max(0, (os.cpu_count() or 1) - 1))
-    for pixels, targets, numbers in loaded(evaluation_loader(views, batch_size, workers)):
+    for pixels, targets, numbers in loaded(evaluation_loader(views, batch_size, workers, prefetch)):
         if (targets == UNREADABLE).any():
             for number in numbers[targets == UNREADABLE].tolist():
                 log.warning("%s: cannot be read, so left out of the evaluation", names(number))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ferkd import process
 from ferkd.crops import Interpolation
 from ferkd.data import CropBatch, CropView, StoredCrops, loaded, training_loader
 from ferkd.errors import InputError
@@ -31,7 +32,7 @@ class CropLoader:
     goes on from `first_step`, so that a resumed run sees what it would have seen. One epoch is as many crops as there are usable images
     (FKD's counting); the last `single_crop_epochs` take one crop an image (default: crops_per_image of them, at most a quarter of all).
     `rank` of `world_size` processes gets its share of every step; batch_size counts the crops of all. `workers`: loader processes, default
-    one a core but one, at most 8. `cache` keeps every decoded photograph in shared memory.
+    one a core but one, at most 8, shared out over torchrun's processes. `cache` keeps every decoded photograph in shared memory.
 
     `data` is what `--data` takes: a folder, wds:DIR or hf:NAME (docs/sources.md).
 
@@ -61,7 +62,9 @@ class CropLoader:
         encoded = labelled_photos(data, self.store)
         check_same_photos(encoded, self.store)
         self.usable = np.flatnonzero(self.store.scan(policy).usable)
-        cores = os.cpu_count() or 1
+        cores = (os.cpu_count() or 1) // process.local_processes()
+        if not 0 <= rank < world_size:
+            raise InputError(f"rank: {rank} is not one of {world_size} processes; give a number from 0 to world_size - 1")
         self.workers = min(8, max(0, cores - 1)) if workers is None else workers
         single = min(crops_per_image, epochs / 4) if single_crop_epochs is None else single_crop_epochs
         images = max(1, len(self.usable))

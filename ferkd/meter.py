@@ -24,6 +24,8 @@ class Meter:
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks, self.device = ranks, ranks.device
+        self.unread_steps, self.unread_skips = 0, torch.zeros((), device=self.device)
+        self.judged_steps, self.judged_skips = 0, 0
         self.restart()
 
     def restart(self) -> None:
@@ -50,21 +52,35 @@ class Meter:
                 torch.cuda.synchronize(self.device)
             self.compiling += time.perf_counter() - before
 
+    def count(self, skipped: Tensor | None) -> None:
+        """One step is done; `skipped`: whether its update was left out, 0-dim bool on the device."""
+        self.steps += 1
+        self.unread_steps += 1
+        if skipped is not None:
+            self.skipped += skipped
+            self.unread_skips += skipped
+
     def add(self, loss: Tensor, stats: LossStats) -> None:
         self.loss += loss.detach()
         self.correct += stats.correct.sum()
         self.regions += (stats.region[:, None] == torch.arange(len(Region), device=self.device)).sum(0)
 
     def read(self, batch_size: int) -> dict[str, Any]:
-        """The figures since the last reading, over all processes, each of which must read; waits for the device."""
+        """The figures since the last reading or evaluation, over all processes, each of which must read; waits for the device.
+
+        `skipped_steps` counts those before an evaluation too.
+        """
         rows = self.steps * batch_size
         self.ranks.sum(self.loss).div_(self.ranks.world)
         self.ranks.sum(self.correct)
         self.ranks.sum(self.regions)
         shares = {region.name.lower(): round(count / rows, 6) for region, count in zip(Region, self.regions.tolist(), strict=True)}
-        skipped = int(self.skipped)
+        learnt = self.steps - int(self.skipped)
+        skipped = int(self.unread_skips)
+        self.judged_steps, self.judged_skips = self.judged_steps + self.unread_steps, self.judged_skips + skipped
+        self.unread_steps, self.unread_skips = 0, torch.zeros((), device=self.device)
         figures = {
-            "loss": float(self.loss) / max(1, self.steps - skipped),
+            "loss": float(self.loss) / max(1, learnt),
             "train_top1": float(self.correct) / rows,
             "regions": shares,
         }
@@ -91,18 +107,35 @@ def memory(device: torch.device) -> float:
 
 
 def check_loss(line: dict[str, Any], steps: int, step: int, last_good_step: Callable[[], int | None]) -> None:
-    """Raises InputError when nothing can be learnt: a loss that is no number, half of `steps` updates or more skipped, every crop
-    discarded (stored crops that are discarded are never shown)."""
-    lost, skipped = not math.isfinite(line["loss"]), line.get("skipped_steps", 0)
+    """Raises InputError when nothing can be learnt: a loss that is no number, or every crop discarded (stored crops that are discarded
+    are never shown)."""
     if line.get("regions", {}).get("discarded") == 1.0:
         raise InputError(
             f"policy: discards every crop of the {steps} steps before step {step:,}; lower discard_below or raise discard_above"
         )
-    if not lost and 2 * skipped < max(2, steps):
+    if not math.isfinite(line["loss"]):
+        where = f"within the {steps} steps before step {step:,}"
+        raise InputError(f"loss: {line['loss']} {where}; {_kept(last_good_step)}; lower --lr, use --amp none, or try --nan skip")
+
+
+FEWEST_JUDGED = 20
+
+
+def check_skipped(meter: Meter, log_every: int, step: int, is_last: bool, last_good_step: Callable[[], int | None]) -> None:
+    """Raises InputError when half of the updates, or more, were skipped in a stretch of at least `log_every` and FEWEST_JUDGED steps, or in
+    a whole run that is shorter. Stretches do not end with an evaluation, or one lost update beside one would be half of them; a resumed
+    run begins a new one."""
+    steps, skipped = meter.judged_steps, meter.judged_skips
+    if steps < max(log_every, FEWEST_JUDGED) and not (is_last and steps == step):
         return
+    meter.judged_steps, meter.judged_skips = 0, 0
+    if 2 * skipped >= steps:
+        raise InputError(
+            f"nan: {skipped} of the {steps} updates before step {step:,} had to be skipped, so nothing is learnt; {_kept(last_good_step)}; "
+            "lower --lr or use --amp none"
+        )
+
+
+def _kept(last_good_step: Callable[[], int | None]) -> str:
     safe = last_good_step()
-    where = f"within the {steps} steps before step {step:,}"
-    kept = "nothing was saved before" if safe is None else f"the checkpoint of step {safe:,} is safe"
-    if lost:
-        raise InputError(f"loss: {line['loss']} {where}; {kept}; lower --lr, use --amp none, or try --nan skip")
-    raise InputError(f"nan: {skipped} updates had to be skipped {where}, so nothing is learnt; {kept}; lower --lr or use --amp none")
+    return "nothing was saved before" if safe is None else f"the checkpoint of step {safe:,} is safe"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -57,8 +56,8 @@ class SplitPhotos:
 class DecodedPhotos:
     """All photographs decoded once into one shared block of memory, for `--cache decoded`.
 
-    Raises InputError when they would fill more than half of the memory that is free, or more than there is of shared memory. One that
-    cannot be read raises its error when it is asked for.
+    Each process of torchrun's keeps its own. Raises InputError when they would fill more than half of the memory that is free, or more than
+    there is of shared memory, shared out over torchrun's processes. One that cannot be read raises its error when it is asked for.
     """
 
     def __init__(self, source: DecodedSource, images: Sequence[int] | np.ndarray, threads: int) -> None:
@@ -71,7 +70,9 @@ class DecodedPhotos:
                 self.errors[image] = error
                 return torch.empty(3, 0, 0, dtype=torch.uint8)
 
-        free, shared = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), process.free_shared_memory()
+        processes = process.local_processes()
+        free, shared = process.available_memory() // processes, process.free_shared_memory() // processes
+        its_share = f" that each of {processes} processes can have" if processes > 1 else ""
         self.slot = {int(image): slot for slot, image in enumerate(images)}
         photos: list[Tensor] = []
         size = 0
@@ -82,12 +83,12 @@ class DecodedPhotos:
                 if size > free // 2:
                     raise InputError(
                         f"cache: {len(photos):,} of {len(images):,} decoded photographs already fill {size / 2**30:.1f} GiB, "
-                        f"more than half of the {free / 2**30:.1f} GiB of free memory; train without --cache decoded"
+                        f"more than half of the {free / 2**30:.1f} GiB of free memory{its_share}; train without --cache decoded"
                     )
                 if size > shared:
                     raise InputError(
                         f"cache: {len(photos):,} of {len(images):,} decoded photographs already fill {size / 2**20:,.0f} MiB, "
-                        f"/dev/shm has {shared / 2**20:,.0f} MiB free; {LARGER}, or train without --cache decoded"
+                        f"/dev/shm has {shared / 2**20:,.0f} MiB free{its_share}; {LARGER}, or train without --cache decoded"
                     )
         self.shapes = [tuple(photo.shape[1:]) for photo in photos]
         self.ends = np.cumsum([0] + [photo.numel() for photo in photos])

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -47,6 +48,27 @@ def stop_when_asked() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+def available_memory() -> int:
+    """Bytes that this process can still fill: of the machine, page cache that can be dropped included, and of its container."""
+    found = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    for folder, limit, used in (("", "memory.max", "memory.current"), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):  # the other version of cgroups, or `max`: no limit
+            group = Path(CGROUP, folder)
+            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            cache = int(statistics.get("total_inactive_file", statistics.get("inactive_file", "0")))
+            found = min(found, int((group / limit).read_text()) - int((group / used).read_text()) + cache)
+    return max(0, found)
+
+
+def local_processes() -> int:
+    """How many processes torchrun has started on this machine, each of which keeps what it loads for itself; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+CGROUP = "/sys/fs/cgroup"  # inside a container its own group is mounted here
 SHARED_MEMORY = "/dev/shm"
 LARGER = "make /dev/shm larger (docker run --shm-size)"
 

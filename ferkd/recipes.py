@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
+from ferkd.crops import Interpolation
 from ferkd.errors import InputError
 from ferkd.mixing import Mixing
 from ferkd.regions import RegionPolicy
@@ -34,6 +35,8 @@ class TrainConfig:
     """Pixels, square. Default: what the student was made for."""
     eval_crop_pct: float | None = None
     """Evaluation shows the middle image_size pixels after resizing the shorter side to image_size / this. Default: the student's own."""
+    interpolation: Interpolation | None = None
+    """How crops are resized, in training and evaluation. Default: the student's own way."""
     min_scale: float = 0.08
     """Smallest area of a fresh crop, as a share of the photograph; for training without labels."""
     flip: bool = True
@@ -97,7 +100,7 @@ class TrainConfig:
     workers: int | None = None
     """Loader processes. Default: one a core but one, at most 8."""
     cache: Literal["none", "decoded"] = "none"
-    """`decoded` keeps every decoded photograph in shared memory."""
+    """`decoded` keeps every decoded photograph in shared memory, once for each process of torchrun's."""
     seed: int = 0
     """Of initial weights, order of images and crops, and mixing."""
 
@@ -184,17 +187,20 @@ def small_images() -> TrainConfig:
 
 
 def fkd_resnet50() -> TrainConfig:
-    """FKD's ResNet-50 recipe: SGD 0.1, momentum 0.9, weight decay 1e-4, 300 epochs of cosine, 1,024 = 256 x 4 crops a step."""
+    """FKD's ResNet-50 recipe: SGD 0.1, momentum 0.9, weight decay 1e-4, 300 epochs of cosine without warm-up, 1,024 = 256 x 4 crops a
+    step, bilinear crops, the middle 224 pixels of 256 at evaluation."""
     return TrainConfig(
-        epochs=300.0, batch_size=1024, crops_per_image=4, lr=0.1, weight_decay=1e-4, lr_step="pass", image_size=224, amp="bf16"
-    )
+        epochs=300.0, batch_size=1024, crops_per_image=4, lr=0.1, weight_decay=1e-4, warmup_epochs=0.0, lr_step="pass", image_size=224,
+        interpolation="bilinear", eval_crop_pct=0.875, amp="bf16",
+    )  # fmt: skip
 
 
 def fkd_vit() -> TrainConfig:
     """FKD's ViT recipe: AdamW 0.002, weight decay 0.05, 5 warm-up epochs of one crop an image, down to 1e-5, drop-path 0.1."""
     return TrainConfig(
         epochs=300.0, batch_size=1024, crops_per_image=4, optimizer="adamw", lr=0.002, weight_decay=0.05, warmup_epochs=5.0,
-        single_crop_warmup=True, min_lr=1e-5, lr_step="pass", drop_path=0.1, image_size=224, decay_norms_and_biases=False, amp="bf16",
+        single_crop_warmup=True, min_lr=1e-5, lr_step="pass", drop_path=0.1, image_size=224, interpolation="bilinear", eval_crop_pct=0.875,
+        decay_norms_and_biases=False, amp="bf16",
     )  # fmt: skip
 
 

@@ -194,7 +194,7 @@ def count_outputs(model: nn.Module, size: int, spec: str, size_flag: str = "--in
     parameter = next(model.parameters(), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: what a model makes at its first forward and keeps could not be trained with
             answer = model(torch.zeros(2, 3, size, size, device=device))
     except Exception as error:
         raise InputError(

@@ -173,8 +173,7 @@ class TrainStep:
         is_lost = self._update(statistics)
         for loss, stats in seen:
             meter.add(loss if is_lost is None else torch.where(is_lost, 0.0, loss), stats)
-        if is_lost is not None:
-            meter.skipped += is_lost
+        meter.count(is_lost)
         if self.average:
             self.average.update(step)
 

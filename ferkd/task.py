@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
+from ferkd import process
 from ferkd.crops import CropSettings
 from ferkd.data import (
     CenterViews,
@@ -88,6 +90,7 @@ class Task:
             "images": len(self.usable),
             "store": self.store.manifest_sha256 if self.store else None,
             "teacher": self.teacher.loaded.weights_sha256 if self.teacher else None,
+            "teacher_input_size": self.teacher.size if self.teacher else None,
             "photos": _identity(self.train) if self.train else None,
         }
 
@@ -110,15 +113,31 @@ class Task:
         assert self.targets is not None
         return FreshCrops(photos, self.targets, fresh_crops(config), view, teacher_view)
 
-    def views(self, preprocessing: Preprocessing, cached: bool) -> Dataset[Any]:
-        """The val images as the evaluation sees them; `cached`: decoded now and kept."""
+    def views(self, preprocessing: Preprocessing, cached: bool, threads: int) -> Dataset[Any]:
+        """The val images as the evaluation sees them; `cached`: decoded now, by so many threads, and kept.
+
+        Raises InputError where they would fill more than half of the free memory.
+        """
         views = CenterViews(
             self.val, self.class_of_val_folder, preprocessing.input_size, preprocessing.crop_pct, preprocessing.interpolation
         )
         if not cached:
             return views
-        pixels, targets, numbers = zip(*(views[i] for i in range(len(views))), strict=True)
-        return TensorDataset(torch.stack(pixels), torch.tensor(targets), torch.tensor(numbers))
+        size, free = len(views) * 3 * views.size**2, process.available_memory() // process.local_processes()
+        if size > free // 2:
+            raise InputError(
+                f"cache: {len(views):,} decoded val images fill {size / 2**30:.1f} GiB, more than half of the {free / 2**30:.1f} GiB of "
+                "memory that each process can have; train without --cache decoded"
+            )
+        pixels = torch.empty(len(views), 3, views.size, views.size, dtype=torch.uint8)
+
+        def put(number: int) -> int:
+            pixels[number], target, _ = views[number]
+            return target
+
+        with ThreadPoolExecutor(threads) as pool:
+            targets = list(pool.map(put, range(len(views))))
+        return TensorDataset(pixels, torch.tensor(targets), torch.arange(len(views)))
 
 
 def method_name(policy: RegionPolicy, has_store: bool, has_teacher: bool) -> str:
@@ -145,6 +164,10 @@ def plan_task(job: Job, ranks: Ranks) -> Task:
     if thresholds and not (job.labels or job.teacher):
         raise InputError(
             "discard_below, calibrate_below, discard_above: thresholds are for a teacher's labels; add --labels STORE or --teacher SPEC"
+        )
+    if not (job.labels or job.teacher) and (config.temperature, config.tail) != (1.0, "smooth"):
+        raise InputError(
+            "temperature, tail: are for a teacher's labels; leave them out for hard labels, or add --labels STORE or --teacher SPEC"
         )
     if config.thresholds == "quantile" and not job.labels:
         raise InputError("thresholds: quantiles are a store's; add --labels STORE, or give probabilities")

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ferkd.data import CropView, loaded, training_loader
+from ferkd.data import CropView, batches_memory, loaded, training_loader
 from ferkd.distributed import Ranks, StopVote, joined, with_synchronised_batchnorm
 from ferkd.errors import InputError, Stopped
 from ferkd.evaluation import Accuracy, evaluate
-from ferkd.meter import Meter, check_loss
+from ferkd.meter import Meter, check_loss, check_skipped
 from ferkd.mixing import draw_mixing
 from ferkd.preprocessing import Preprocessing
 from ferkd.process import keep_freed_memory, stop_when_asked
@@ -80,7 +80,7 @@ def _train(job: Job, ranks: Ranks, until_the_end: contextlib.ExitStack) -> dict[
         images = images_a_part(config, phase.crops_per_image, ranks.world)
         draw_mixing(config.mixing, config.seed, 0, 0, images, phase.crops_per_image, preprocessing.input_size)
     dataset = task.crops(job, CropView(preprocessing.input_size, preprocessing.interpolation), max(1, workers))
-    val_views = task.views(preprocessing, cached=config.cache == "decoded")
+    val_views = task.views(preprocessing, config.cache == "decoded", max(1, workers))
     epochs_a_step = config.batch_size / len(task.usable)
 
     # Where it was broken off, if it was.
@@ -106,10 +106,12 @@ def _train(job: Job, ranks: Ranks, until_the_end: contextlib.ExitStack) -> dict[
         random = ranks.gathered((torch.get_rng_state(), torch.cuda.get_rng_state() if device.type == "cuda" else None))
         run.save_checkpoint({"step": step, "assessed": assessed, "best": best, "seconds": seconds, "random": random, **learn.state_dict()})
 
+    eval_rows = min(128, max(1, config.batch_size // ranks.world))
+
     def assess() -> Accuracy:
         ranks.share_buffers(learn.evaluated)
         return evaluate(learn.evaluated, val_views, preprocessing, task.class_of_val_folder, device,
-                        batch_size=min(128, config.batch_size), workers=workers, amp=AMP_DTYPE[config.amp], ranks=ranks)  # fmt: skip
+                        batch_size=eval_rows, workers=workers, prefetch=1, amp=AMP_DTYPE[config.amp], ranks=ranks)  # fmt: skip
 
     eval_steps = max(1, round(config.eval_every / epochs_a_step))
 
@@ -117,7 +119,9 @@ def _train(job: Job, ranks: Ranks, until_the_end: contextlib.ExitStack) -> dict[
         return step > assessed and (step % eval_steps == 0 or step == stream.total_steps)
 
     sampler = StreamSampler(stream, step, stream.total_steps, ranks.rank, ranks.world)
-    batches = loaded(training_loader(dataset, sampler, workers, pin_memory=device.type == "cuda"))
+    # Training's batches wait in shared memory while an evaluation has its own there.
+    reserve = batches_memory(workers, eval_rows, preprocessing.input_size)
+    batches = loaded(training_loader(dataset, sampler, workers, pin_memory=device.type == "cuda", reserve=reserve))
     meter = Meter(ranks)
     vote = StopVote(ranks)
     accuracy: Accuracy | None = None
@@ -168,7 +172,6 @@ def _train(job: Job, ranks: Ranks, until_the_end: contextlib.ExitStack) -> dict[
             rate = config.learning_rate(_epoch(stream, step, epochs_a_step, config))
             learn(batch, stream, step, rate, meter)
             step += 1
-            meter.steps += 1
             if step % config.log_every == 0 or step == stream.total_steps:
                 line = {
                     "kind": "train",
@@ -182,6 +185,7 @@ def _train(job: Job, ranks: Ranks, until_the_end: contextlib.ExitStack) -> dict[
                 line |= meter.read(config.batch_size)
                 progress.train(line)
                 check_loss(line, steps, step, run.last_good_step)
+                check_skipped(meter, config.log_every, step, step == stream.total_steps, run.last_good_step)
 
     vote.close()
     if accuracy is None:  # resumed after the last step
@@ -207,7 +211,11 @@ def _student(job: Job, task: Task, ranks: Ranks) -> tuple[nn.Module, Preprocessi
         drop_path_rate=config.drop_path or None,
         input_size=config.image_size,
     )
-    preprocessing = dataclasses.replace(preprocessing, crop_pct=config.eval_crop_pct or preprocessing.crop_pct)
+    preprocessing = dataclasses.replace(
+        preprocessing,
+        crop_pct=config.eval_crop_pct or preprocessing.crop_pct,
+        interpolation=config.interpolation or preprocessing.interpolation,
+    )
     if job.init:
         load_state(model, job.init)
     outputs = count_outputs(model, preprocessing.input_size, job.student, "--image-size")
@@ -239,8 +247,9 @@ def _epoch(stream: CropStream, step: int, epochs_a_step: float, config: TrainCon
     """How far training is, in epochs, for the learning rate."""
     epoch = step * epochs_a_step
     if config.lr_step == "pass":
-        crops = stream.crops_per_image(step)
-        epoch = math.floor(epoch / crops + 1e-9) * crops
+        number, within = stream.phase_at(step)  # every phase begins a pass of its own
+        crops = stream.phases[number].crops_per_image
+        epoch = (step - within) * epochs_a_step + math.floor(within * epochs_a_step / crops + 1e-9) * crops
     return epoch
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import signal
 from pathlib import Path
@@ -29,13 +30,18 @@ from ferkd.data import (
     surviving_crops,
     training_loader,
 )
-from ferkd.errors import InputError, StoreError
+from ferkd.distributed import Ranks
+from ferkd.errors import InputError, SourceLost, StoreError
 from ferkd.photos import DecodedPhotos, LabelledPhotos, SplitPhotos, check_same_photos
+from ferkd.preprocessing import Preprocessing
+from ferkd.recipes import TrainConfig
 from ferkd.regions import Region, RegionPolicy, confidence_of, region_of
 from ferkd.sources import scan_split
 from ferkd.sources.folders import FolderPhotos
 from ferkd.store import LabelStore
 from ferkd.stream import CropStream, Phase, StreamSampler, Visit, crop_order
+from ferkd.task import Job, plan_task
+from ferkd.train import train
 
 VIEW = CropView(16)
 
@@ -224,9 +230,46 @@ def test_another_dataset_is_refused_before_training(photos: Path, store: LabelSt
 
 
 def test_the_cache_refuses_what_does_not_fit(photos: Path, store: LabelStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ferkd.photos.os, "sysconf", lambda name: {"SC_AVPHYS_PAGES": 2, "SC_PAGE_SIZE": 4096}[name])
-    with pytest.raises(InputError, match="train without --cache decoded"):
-        DecodedPhotos(LabelledPhotos(FolderPhotos(photos / "train"), store), range(len(store)), 1)
+    files = LabelledPhotos(FolderPhotos(photos / "train"), store)
+    size = sum(files(image).numel() for image in range(len(store)))
+    monkeypatch.setattr(ferkd.process, "available_memory", lambda: 2 * size)
+    DecodedPhotos(files, range(len(store)), 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # each process keeps its own
+    with pytest.raises(InputError, match="that each of 2 processes can have; train without --cache decoded"):
+        DecodedPhotos(files, range(len(store)), 1)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setattr(ferkd.process, "available_memory", lambda: 2 * size - 1)
+    with pytest.raises(InputError, match="GiB of free memory; train without --cache decoded"):
+        DecodedPhotos(files, range(len(store)), 1)
+
+
+def test_cached_val_images_are_the_views_and_have_to_fit(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = plan_task(Job(photos, "python:photos:tiny_net", photos / "run", TrainConfig()), Ranks())
+    seen = Preprocessing(16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bilinear", 1.0)
+    plain, cached = task.views(seen, False, 2), task.views(seen, True, 2)
+    assert len(plain) == len(cached) == 12  # type: ignore[arg-type]
+    for number in range(12):
+        pixels, target, image = cached[number]
+        assert torch.equal(pixels, plain[number][0])
+        assert (int(target), int(image)) == plain[number][1:]
+    monkeypatch.setattr(ferkd.process, "available_memory", lambda: 12 * 3 * 16 * 16)
+    with pytest.raises(InputError, match="cache: 12 decoded val images fill"):
+        task.views(seen, True, 2)
+
+
+def test_memory_that_a_container_lacks_is_not_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = ferkd.process.available_memory()
+    assert 2**20 < free < 2**50
+    monkeypatch.setattr(ferkd.process, "CGROUP", str(tmp_path))
+    for name, text in (("memory.max", "9000"), ("memory.current", "5000"), ("memory.stat", "anon 4000\ninactive_file 700")):
+        (tmp_path / name).write_text(f"{text}\n")
+    assert ferkd.process.available_memory() == 9000 - 5000 + 700
+    (tmp_path / "memory.max").write_text("max\n")
+    assert ferkd.process.available_memory() > 2**20
+    (tmp_path / "memory").mkdir()
+    for name, text in (("limit_in_bytes", "8000"), ("usage_in_bytes", "8100"), ("stat", "inactive_file 1\ntotal_inactive_file 60")):
+        (tmp_path / "memory" / f"memory.{name}").write_text(f"{text}\n")
+    assert ferkd.process.available_memory() == 0
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -252,6 +295,19 @@ def test_a_worker_s_error_arrives_as_it_was(photos: Path, store: LabelStore, wor
             list(loaded(evaluation_loader(_NoViews(), 2, workers)))
     finally:
         path.write_bytes(whole)
+
+
+def test_a_class_folder_that_went_away_is_no_unreadable_photograph(photos: Path) -> None:
+    """It would raise the accuracy, and choose the best weights."""
+    split = scan_split(photos, "val")
+    views = CenterViews(split, np.arange(3), 16, 1.0, "bilinear")
+    crops = FreshCrops(SplitPhotos(split), split.folder_of, CropSettings(seed=9, scale=(0.3, 1.0)), VIEW)
+    (photos / "val" / split.folders[1]).rename(photos / "away")
+    for workers in (0, 1):
+        with pytest.raises(SourceLost):
+            list(loaded(evaluation_loader(views, 2, workers)))
+    with pytest.raises(SourceLost):
+        crops[Visit(int(np.flatnonzero(split.folder_of == 1)[0]), 0, 2)]
 
 
 class _NoViews(Dataset[bool]):
@@ -313,8 +369,34 @@ def test_loaders_run_no_further_ahead_than_shared_memory_holds(monkeypatch: pyte
     with pytest.raises(InputError, match=r"^workers: the batches of 2 loader processes need 37 MiB [^\n]* 32 MiB free; make"):
         batches_ahead(2, 64, 224)
     shared_memory(monkeypatch, 8 * batch)
+    assert batches_ahead(2, 64, 224, reserve=2 * batch) == 2
+    assert batches_ahead(2, 64, 224, reserve=4 * batch) == 1
+    with pytest.raises(InputError, match="make /dev/shm larger"):
+        batches_ahead(2, 64, 224, reserve=4 * batch + 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert batches_ahead(2, 64, 224) == 1
+
+
+def test_an_evaluation_has_the_shared_memory_that_was_kept_for_it(
+    photos: Path, store: LabelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it runs, training's batches lie in shared memory: what is free then is not looked at."""
+    batch = 12 * 3 * 16 * 16
+    asked: list[int] = []
+
+    def free(enough: int) -> int:
+        asked.append(enough)
+        return enough if len(asked) == 1 else 0
+
+    config = TrainConfig(epochs=2.0, batch_size=12, eval_every=1.0, workers=1, warmup_epochs=0.0)
+    job = Job(photos, "python:photos:tiny_net", tmp_path / "run", config, store.path, say=lambda line: None)
+    monkeypatch.setattr(ferkd.process, "free_shared_memory", lambda: free(6 * batch))  # a batch ahead, and two, of both loaders
+    assert train(job)["steps"] == 4
+    assert len(asked) == 1
+    asked.clear()
+    monkeypatch.setattr(ferkd.process, "free_shared_memory", lambda: free(6 * batch - 1))
+    with pytest.raises(InputError, match="make /dev/shm larger"):
+        train(dataclasses.replace(job, out=tmp_path / "other"))
 
 
 def test_a_shared_memory_too_small_is_refused_before_the_first_batch(

@@ -90,3 +90,13 @@ def test_the_loader_goes_on_where_it_stopped_and_shares_out(work: Path) -> None:
         assert torch.equal(both, torch.cat(shares))
     with pytest.raises(InputError, match="first_step: 99 is not one of the"):
         batches(99)
+    with pytest.raises(InputError, match="rank: 2 is not one of 2 processes"):
+        batches(rank=2, world_size=2)
+
+
+def test_the_loader_s_default_workers_are_shared_out(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    for processes, workers in (("1", 8), ("4", 3), ("16", 0)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        loader = CropLoader(work / "photos", work / "labels", size=16, batch_size=12, epochs=4, crops_per_image=2)
+        assert loader.workers == workers

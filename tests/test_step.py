@@ -20,6 +20,7 @@ from ferkd.data import CropView, StoredCrops
 from ferkd.distributed import Ranks
 from ferkd.errors import CheckFailed, InputError
 from ferkd.labeling import LabelSettings, label
+from ferkd.meter import Meter, check_skipped
 from ferkd.mixing import Mixing
 from ferkd.normalise import Normalise
 from ferkd.online import load_online_teacher
@@ -140,14 +141,70 @@ def lapsing_third(num_classes: int) -> tuple[nn.Module, dict[str, object]]:
 
 def test_gradients_that_stay_lost_stop_the_run(photos: Path, tmp_path: Path) -> None:
     student = "python:test_step:lapsing_always"
-    with pytest.raises(
-        InputError, match=r"nan: 4 updates had to be skipped within the 4 steps before step 12.*the checkpoint of step 8 is"
-    ):
+    with pytest.raises(InputError, match=r"nan: 8 of the 16 updates before step 16 had to be skipped, so .*the checkpoint of step 8 is"):
         train(job(photos, tmp_path / "skip", student=student, nan="skip", eval_every=4.0))
     with pytest.raises(InputError, match=r"loss: nan within the 4 steps before step 12; the checkpoint of step 8 is safe; lower --lr"):
         train(job(photos, tmp_path / "stop", student=student, eval_every=4.0))
     saved = load_file(tmp_path / "stop/last.safetensors")
     assert all(value.isfinite().all() for value in saved.values())
+
+
+def lapsing_beside_an_evaluation(num_classes: int) -> tuple[nn.Module, dict[str, object]]:
+    net, described = tiny_net(num_classes)
+    return _Lapsing(net, (4, 5)), described
+
+
+def test_a_lost_update_beside_an_evaluation_is_one_of_many(photos: Path, store: LabelStore, tmp_path: Path) -> None:
+    """Between the evaluation at step 4 and the line at step 5 it is the only one; it is judged, and counted, with those before."""
+    student = "python:test_step:lapsing_beside_an_evaluation"
+    summary = train(job(photos, tmp_path / "run", store, student, nan="skip", eval_every=2.0, log_every=5))
+    assert summary["steps"] == 16
+    assert [line.get("skipped_steps", 0) for line in lines(tmp_path / "run")] == [2, 0, 0, 0]
+    assert all(math.isfinite(line["loss"]) for line in lines(tmp_path / "run"))
+
+
+def test_updates_are_judged_over_stretches_of_at_least_twenty_steps() -> None:
+    meter = Meter(Ranks())
+
+    def judge(steps: int, skipped: int, step: int, is_last: bool = False, log_every: int = 1) -> None:
+        meter.judged_steps, meter.judged_skips = meter.judged_steps + steps, meter.judged_skips + skipped
+        check_skipped(meter, log_every, step, is_last, lambda: None)
+
+    judge(19, 19, 119)
+    with pytest.raises(InputError, match="nan: 19 of the 20 updates before step 120 had to be skipped"):
+        judge(1, 0, 120)
+    judge(20, 9, 140)
+    judge(10, 10, 150, is_last=True)  # the rest of a run that was judged before
+    judge(20, 0, 170)
+    judge(20, 20, 190, log_every=50)
+    with pytest.raises(InputError, match="nan: 30 of the 60 updates"):
+        judge(40, 10, 230, log_every=50)
+    with pytest.raises(InputError, match="nan: 2 of the 3 updates"):
+        judge(3, 2, 3, is_last=True)  # the whole run
+
+
+class _Keeping(nn.Module):
+    """A student that makes a constant at its first forward, as many make grids and masks, and keeps it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.kept: Tensor | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.kept is None:
+            self.kept = torch.ones(1, 1, *images.shape[2:])
+        out: Tensor = self.net(images * self.kept)
+        return out
+
+
+def keeping_net(num_classes: int) -> tuple[nn.Module, dict[str, object]]:
+    net, described = tiny_net(num_classes)
+    return _Keeping(nn.Sequential(nn.Conv2d(3, 3, 1), net)), described
+
+
+def test_a_student_may_keep_what_its_first_forward_made(photos: Path, store: LabelStore, tmp_path: Path) -> None:
+    assert train(job(photos, tmp_path / "run", store, "python:test_step:keeping_net", epochs=2.0, eval_every=1.0))["steps"] == 4
 
 
 def test_a_first_update_that_is_skipped_leaves_the_momentum_unharmed() -> None:
@@ -396,5 +453,7 @@ def wrong_teacher() -> tuple[nn.Module, dict[str, object]]:
 
 def test_a_run_of_another_teacher_is_not_resumed(photos: Path, tmp_path: Path) -> None:
     train(job(photos, tmp_path / "run", teacher=TEACHER, topk=2, skip_preflight=True))
+    with pytest.raises(InputError, match="was made with teacher_input_size = 16, this command says 24"):
+        train(job(photos, tmp_path / "run", teacher=TEACHER, teacher_input_size=24, topk=2, skip_preflight=True, resume=True))
     with pytest.raises(InputError, match="was made with teacher = "):
         train(job(photos, tmp_path / "run", topk=2, resume=True))

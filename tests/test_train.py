@@ -487,6 +487,9 @@ def test_fkd_recipes_have_the_published_values() -> None:
     assert (resnet.optimizer, resnet.lr, resnet.momentum, resnet.weight_decay, resnet.epochs) == ("sgd", 0.1, 0.9, 1e-4, 300)
     assert (resnet.batch_size, resnet.crops_per_image, resnet.single_crop_epochs) == (1024, 4, None)
     assert (vit.optimizer, vit.lr, vit.weight_decay, vit.warmup_epochs, vit.min_lr) == ("adamw", 0.002, 0.05, 5, 1e-5)
+    assert all((r.image_size, r.eval_crop_pct, r.interpolation) == (224, 224 / 256, "bilinear") for r in (resnet, vit))
+    assert resnet.learning_rate(0.0) == 0.1  # the cosine begins at once
+    assert resnet.learning_rate(150.0) == pytest.approx(0.05)
 
 
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine() -> None:
@@ -504,3 +507,30 @@ def test_lr_step_pass_holds_the_rate_over_a_pass(photos: Path, store: LabelStore
     passes = [rates[start : start + 8] for start in range(0, 24, 8)]  # 24 images, 3 a step: 8 steps a pass of 4 epochs
     assert all(len(set(a_pass)) == 1 for a_pass in passes)
     assert len({a_pass[0] for a_pass in passes}) == 3
+    changes = {"warmup_epochs": 3.0, "single_crop_warmup": True, "single_crop_epochs": 1.0}
+    train(job(photos, tmp_path / "warm", store, lr_step="pass", log_every=1, epochs=12.0, **changes))
+    rates = [line["lr"] for line in lines(tmp_path / "warm", "train")]
+    assert len(rates) == 24  # 2 steps an epoch: 3 epochs of one crop, two passes of 4 epochs, one epoch of one crop
+    held = [rates[:2], rates[2:4], rates[4:6], rates[6:14], rates[14:22], rates[22:]]
+    assert all(len(set(a_pass)) == 1 for a_pass in held)
+    assert [a_pass[0] for a_pass in held[:4]] == pytest.approx([0.001, 0.1 / 3, 0.2 / 3, 0.1])
+    assert held[3][0] > held[4][0] > held[5][0]
+
+
+def test_crops_are_resized_as_the_settings_say(photos: Path, store: LabelStore, tmp_path: Path) -> None:
+    learnt = {}
+    for name in ("bilinear", "bicubic"):
+        train(job(photos, tmp_path / name, store, interpolation=name, epochs=1.0))
+        assert load_run(tmp_path / name).preprocessing.interpolation == name
+        learnt[name] = load_file(tmp_path / name / "last.safetensors")["0.weight"]
+    assert not torch.equal(learnt["bilinear"], learnt["bicubic"])
+    own = load_run(tmp_path / "bilinear").preprocessing
+    train(job(photos, tmp_path / "own", store, epochs=1.0))
+    assert load_run(tmp_path / "own").preprocessing == own
+
+
+def test_hard_labels_refuse_what_only_acts_on_a_teacher_s(photos: Path, tmp_path: Path) -> None:
+    for changes in ({"temperature": 4.0}, {"tail": "renorm"}):
+        with pytest.raises(InputError, match=r"^temperature, tail: are for a teacher's labels; leave them out for hard labels"):
+            train(job(photos, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()

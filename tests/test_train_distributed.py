@@ -92,7 +92,10 @@ def test_two_compiled_processes_are_one_process(photos: Path, store: LabelStore,
 @pytest.mark.slow
 def test_hard_labels_on_two_processes(photos: Path, tmp_path: Path) -> None:
     train(1, photos, None, tmp_path / "one")
-    train(2, photos, None, tmp_path / "two")
+    process = start(2, photos, None, tmp_path / "two", "--json")
+    summary, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said[-3000:]
+    assert json.loads(summary) == json.loads((tmp_path / "two" / "summary.json").read_text())  # one document: rank 0 alone speaks
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -69,6 +70,8 @@ def train(arguments: Sequence[str]) -> None:
     settings, output = parse(train, TrainSettings, arguments, default=chosen)
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings) if field.name != "recipe"}
     summary = run_training(Job(**fields))
+    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first speaks
+        return
     if output.json:
         print(json.dumps(summary))
     else:
