@@ -237,7 +237,7 @@ def decode(photo: str | os.PathLike[str] | bytes, *, apply_exif: bool = True, na
             if max(width, height) <= MAX_SIDE:  # refused below, before the pixels are decoded
                 if apply_exif:
                     PIL.ImageOps.exif_transpose(image, in_place=True)  # in place: else an upright photo would be copied
-                pixels = _rgb(image)
+                pixels = rgb_pixels(image)
     except MemoryError:
         raise
     except PIL.UnidentifiedImageError as error:  # its text holds an address in memory
@@ -249,11 +249,11 @@ def decode(photo: str | os.PathLike[str] | bytes, *, apply_exif: bool = True, na
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _rgb(image: PIL.Image.Image) -> npt.NDArray[np.uint8]:
+def rgb_pixels(image: PIL.Image.Image) -> npt.NDArray[np.uint8]:
     """The pixels, [H, W, 3]. Of a moving picture the first frame; transparency is dropped, as datasets of photographs are commonly read."""
     if image.mode == "RGB":
         return np.array(image)  # convert() would copy even what is RGB
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         # Pillow's own conversion cuts 16 bits off at 255: a white picture.
         grey = (np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535
         return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)

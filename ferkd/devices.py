@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -48,17 +49,28 @@ def device_name(device: torch.device) -> str:
     return platform.machine()
 
 
+def described_device(device: torch.device) -> dict[str, Any]:
+    """What a store records of the device that labelled. A CPU's sums depend on how many threads share them, in their last bits."""
+    threads = {"threads": torch.get_num_threads()} if device.type == "cpu" else {}
+    return {"type": device.type, "name": device_name(device), **threads}
+
+
 @contextlib.contextmanager
 def repeatable(tf32: bool) -> Iterator[None]:
     """Within the block cuDNN computes the same way every time, and float32 products are rounded to TF32 only where `tf32` asks for it."""
-    backends = torch.backends
-    before = backends.cuda.matmul.allow_tf32
+    backends, name = torch.backends, "allow_tf32"
+    wanted: bool | str = tf32
+    before: bool | str
+    try:
+        before = backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # it was set by its newer name, which PyTorch does not let anybody mix with the older
+        name, wanted, before = "fp32_precision", "tf32" if tf32 else "ieee", backends.cuda.matmul.fp32_precision
     with backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32):
-        backends.cuda.matmul.allow_tf32 = tf32
+        setattr(backends.cuda.matmul, name, wanted)
         try:
             yield
         finally:
-            backends.cuda.matmul.allow_tf32 = before
+            setattr(backends.cuda.matmul, name, before)
 
 
 @contextlib.contextmanager

@@ -50,10 +50,18 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
+NO_SUCH_CALL = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+"""What file systems answer that have no locks (Lustre without `-o flock`, NFS without its lock service, some of FUSE's)."""
+
+
 def sync_folder(folder: Path) -> None:
+    """Makes a folder's list of names safe, where the file system can: some refuse (CIFS), and their renames are what they are."""
     fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, *NO_SUCH_CALL):
+            raise
     finally:
         os.close(fd)
 
@@ -85,7 +93,8 @@ _STALE_S = 60.0
 class JobLock:
     """One labelling job holds a store: flock on this machine; for others, which may not see it, host, pid and a heartbeat.
 
-    `token` stands in the file as long as the lock is held, and names the job to processes that join it.
+    `token` stands in the file as long as the lock is held, and names the job to processes that join it. Where the file system has no locks,
+    host, pid and heartbeat are all there is, and two jobs begun within the same moment are told apart by the token at their first write.
     """
 
     def __init__(self, path: Path, who: str = "another labeller") -> None:
@@ -100,6 +109,9 @@ class JobLock:
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError as error:
+                    if error.errno in NO_SUCH_CALL:
+                        self._fd = fd
+                        break
                     holder = _holder(os.pread(fd, 4096, 0))
                     os.close(fd)
                     if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
@@ -113,9 +125,9 @@ class JobLock:
                 except FileNotFoundError:
                     pass
                 os.close(fd)  # its holder removed it just now: the lock is on a file that has no name any more
-        self._fd = fd
+        locked, self._fd = self._fd < 0, fd
         try:
-            self._check_other_host(host)
+            self._check_unseen(host, locked)
             text = json.dumps({"host": host, "pid": os.getpid(), "job": self.token}).encode()
             with naming_file(path):
                 os.ftruncate(fd, 0)
@@ -129,10 +141,11 @@ class JobLock:
         threading.Thread(target=self._beat, args=(fd, self._ended), name="store lock", daemon=True).start()
         _held.add(self)
 
-    def _check_other_host(self, host: str) -> None:
-        """Refuses a lock of another machine whose heartbeat is fresh: flock may not reach across a network file system."""
+    def _check_unseen(self, host: str, locked: bool) -> None:
+        """Refuses a lock whose heartbeat is fresh and whose holder flock may not have shown: another machine's, since flock may not reach
+        across a network file system; and this one's, if it runs, where there is no flock (not `locked`)."""
         holder = _holder(os.pread(self._fd, 4096, 0))
-        if holder["host"] in (host, None):
+        if holder["host"] is None or (holder["host"] == host and (locked or not _runs(holder["number"]))):
             return
         last = os.fstat(self._fd).st_mtime
         probe = self._path.with_name("lock.tmp")  # the file system's own clock, which may differ from ours
@@ -157,8 +170,9 @@ class JobLock:
         if self._fd < 0 or os.getpid() != self._pid:
             return
         self._ended.set()
-        with contextlib.suppress(OSError):
-            self._path.unlink()
+        if lock_token(self._path) == self.token:  # else another job took it over, as that of one that did not beat
+            with contextlib.suppress(OSError):
+                self._path.unlink()
         os.close(self._fd)
         self._fd = -1
 
@@ -193,5 +207,18 @@ def _holder(text: bytes) -> dict[str, Any]:
     with contextlib.suppress(ValueError):
         holder = json.loads(text)
         if isinstance(holder, dict):
-            return {"host": holder.get("host"), "pid": f"process {holder.get('pid')}"}
-    return {"host": None, "pid": "a process"}
+            return {"host": holder.get("host"), "pid": f"process {holder.get('pid')}", "number": holder.get("pid")}
+    return {"host": None, "pid": "a process", "number": None}
+
+
+def _runs(pid: Any) -> bool:
+    """Whether a process of this number is there, other than this one."""
+    if not isinstance(pid, int) or pid in (0, os.getpid()):
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # it is there, and another user's
+        pass
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 
@@ -21,15 +22,28 @@ class Stopped(Exception):
     """Saved everything and stopped because it was asked to (SIGTERM, Ctrl-C): start the same command again. Exit status 75."""
 
 
+ABOUT_THE_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENAMETOOLONG})
+"""What reading a file answers when it is that file's own doing. Everything else may be gone tomorrow, or on another machine."""
+
+
 class SourceLost(InputError):
-    """Photographs that were there are no longer: not one of them, but what holds them (`place`: a folder, a disk, a tar file)."""
+    """A photograph cannot be had, and the photograph is not at fault: what holds it (`place`: a folder, a disk, a tar file) is gone, or,
+    given `why`, the machine cannot read it (no right to, a disk's or a network's error, too many open files)."""
 
-    def __init__(self, text: str, place: str) -> None:
+    def __init__(self, text: str, place: str, why: str = "") -> None:
         super().__init__(text)
-        self.place = place
+        self.place, self.why = place, why
 
-    def __reduce__(self) -> tuple[type[SourceLost], tuple[str, str]]:
-        return SourceLost, (str(self), self.place)
+    def __reduce__(self) -> tuple[type[SourceLost], tuple[str, str, str]]:
+        return SourceLost, (str(self), self.place, self.why)
+
+    @property
+    def stops(self) -> str:
+        """What to say of work that stops here, because going on would record the photographs as broken for good."""
+        if self.why:
+            fault = f"{self.place}: cannot be read here ({self.why}), which is no fault of the photograph"
+            return f"{fault}; mend that and start the same command again"
+        return f"{self.place}: is no longer there as it was; bring it back and start the same command again"
 
 
 def one_line(error: BaseException, most: int = 200) -> str:

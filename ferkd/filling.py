@@ -41,7 +41,7 @@ def fill_store(
         for shard, first, last in todo:
             for start in range(first, last + 1, UNIT_IMAGES):
                 unit = list(pool.map(labelled, range(start, min(start + UNIT_IMAGES, last + 1))))
-                writer.write_unit(shard, unit)
+                writer.write_unit(shard, unit, start)
                 left -= len(unit)
                 if time.monotonic() - told > SAY_SECONDS:
                     told = time.monotonic()

@@ -49,9 +49,7 @@ def _cut_photo(job: Job, image: int) -> _CutPhoto:
         if job.like is None:
             boxes, flips = draw_crops(job.plan.crop_settings, image, np.arange(job.plan.crops), width, height)
     except SourceLost as error:  # a disk that went away must not end as a store of failures
-        raise InputError(
-            f"{error.place}: is no longer there as it was; bring it back and start the same command again: what is labelled so far is kept"
-        ) from error
+        raise InputError(f"{error.stops}: what is labelled so far is kept") from error
     except InputError as error:
         return _CutPhoto(None, None, 0, 0, 0, str(error).removeprefix(f"{photos.name(path)}: "))
     if job.like is not None:

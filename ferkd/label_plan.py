@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from ferkd.crops import DECODER, RESAMPLER, CropSettings
-from ferkd.devices import choose_device, device_name
+from ferkd.devices import choose_device, described_device
 from ferkd.errors import InputError
 from ferkd.filling import evenly
 from ferkd.like import images_of, same_classes
+from ferkd.loss import MAX_K
 from ferkd.process import keep_freed_memory
 from ferkd.records import BoxCodec, LabelCodec
 from ferkd.remote import refuse_url
@@ -30,6 +31,12 @@ Autocast = Literal["none", "bf16", "fp16"]
 AUTOCAST_DTYPE = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 CPU_BATCH, GPU_BATCH = 32, 256
+
+
+def check_topk(topk: int | None) -> None:
+    """Raises InputError for more classes a crop than the loss takes: they would be stored for nothing."""
+    if topk is not None and topk > MAX_K:
+        raise InputError(f"topk: {topk}, but a student can be trained on at most {MAX_K} classes a crop; choose at most that many")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +97,7 @@ class LabelSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name}: {value}; give a whole number of at least 1")
+        check_topk(self.topk)
         if self.workers is not None and self.workers < 0:
             raise InputError(f"workers: {self.workers}; give a whole number of at least 0")
         if self.layout not in CODECS:
@@ -196,7 +204,7 @@ def _provenance(settings: LabelSettings, train: Split, teacher: LoadedModel, dev
         "preprocessing": teacher.preprocessing.as_dict(),
         "decoder": dict(DECODER),
         "resampler": dict(RESAMPLER),
-        "device": {"type": device.type, "name": device_name(device)},
+        "device": described_device(device),
         "software": {"python": platform.python_version(), "torch": torch.__version__, "ferkd": __version__},
         "dataset_fingerprint": train.fingerprint(),
         **({"source": source} if (source := train.photos.described()) else {}),

@@ -34,9 +34,9 @@ SEEN_SECONDS = 60.0  # until what another machine wrote is seen on a network's d
 
 
 class Labelled(NamedTuple):
-    """A finished store, and what came of it in figures (see label_progress.summary)."""
+    """A finished store (None after a dry run), and what came of it in figures (see label_progress.summary)."""
 
-    store: LabelStore
+    store: LabelStore | None
     figures: dict[str, Any]
 
 
@@ -47,9 +47,9 @@ def label(settings: LabelSettings, say: Callable[[str], None] = to_stderr) -> La
 
 
 def label_with_figures(settings: LabelSettings, say: Callable[[str], None] = to_stderr) -> Labelled | None:
-    """Labels settings.data/train into the store settings.out, or goes on where it was broken off; None after a dry run.
+    """Labels settings.data/train into the store settings.out, or goes on where it was broken off. A dry run brings figures alone.
 
-    Under torchrun all processes share the work; the first returns the store, the others None. `say` gets every line meant for
+    Under torchrun all processes share the work; the first returns what came of it, the others None. `say` gets every line meant for
     people, in the first process alone. Raises InputError for wrong settings, data or teacher, and when the teacher answers NaN; CheckFailed
     when the preflight refuses; StoreError for a store that is another's, in use or cannot be written; Stopped on SIGTERM, everything
     so far being safe, and when another process stopped or failed. A photo that cannot be decoded is recorded as failed and named at
@@ -70,8 +70,8 @@ def label_with_figures(settings: LabelSettings, say: Callable[[str], None] = to_
                 _check_teacher(job, say)
         with repeatable(settings.tf32), cores_for_decoding(job.device), _stopping_on_sigterm(crew.stop):
             if settings.dry_run:
-                _measure(job, crew, say)
-                return None
+                figures = _measure(job, crew, say)
+                return Labelled(None, figures) if crew.leads else None
             if crew.leads:
                 return _lead(job, crew, say)
             _follow(job, crew)
@@ -107,8 +107,8 @@ def _check_teacher(job: Job, say: Callable[[str], None]) -> None:
     report.require()
 
 
-def _measure(job: Job, crew: Crew, say: Callable[[str], None]) -> None:
-    """A dry run: labels for 20 s or 3 % of the work, throws the answers away and says what the whole would take."""
+def _measure(job: Job, crew: Crew, say: Callable[[str], None]) -> dict[str, Any]:
+    """A dry run: labels for 20 s or 3 % of the work, throws the answers away and says, and returns, what the whole would take."""
     total = len(job.plan.paths) * job.plan.crops
     rate = Rate()
 
@@ -121,11 +121,12 @@ def _measure(job: Job, crew: Crew, say: Callable[[str], None]) -> None:
     with contextlib.suppress(_MeasuredEnough):
         for _ in label_images(job, [Task(0, 0, last)], on_crops):
             pass
-    together = crew.summed(rate.per_second())
+    together, size = crew.summed(rate.per_second()), len(job.plan.paths) * job.plan.image_bytes
     say(
         f"dry run: {together:,.0f} crops/s, so {total:,} crops take {duration(total / together)} ({total / together / 3600:.2f} h) "
-        f"and {in_bytes(len(job.plan.paths) * job.plan.image_bytes)}; nothing was written"
+        f"and {in_bytes(size)}; nothing was written"
     )
+    return {"dry_run": True, "crops": total, "crops_per_second": together, "hours": total / together / 3600, "label_bytes": size}
 
 
 class _MeasuredEnough(Exception):
@@ -219,7 +220,7 @@ def _write_shards(
         if len(unit) < _unit_images(begun[0]):
             continue
         shard, first, last = begun[0]
-        writer.write_unit(shard, unit)
+        writer.write_unit(shard, unit, first)
         begun[0] = Task(shard, first + len(unit), last)
         unit = []
         if begun[0].first > last:

@@ -73,7 +73,7 @@ def merge(settings: MergeSettings, say: Callable[[str], None]) -> LabelStore:
             "merged_from": [
                 {"manifest_sha256": store.manifest_sha256, "k": store.k, "provenance": dict(store.manifest.provenance)} for store in stores
             ],
-            **{name: first.manifest.provenance[name] for name in ("decoder", "resampler") if name in first.manifest.provenance},
+            **{name: first.manifest.provenance[name] for name in ("decoder", "resampler", "source") if name in first.manifest.provenance},
         },
     )
     say(f"{len(stores)} stores, {len(first):,} images x {first.crops} crops, {plan.image_bytes // plan.crops} bytes a crop, into {out}")

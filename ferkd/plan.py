@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ferkd.errors import InputError
-from ferkd.label_plan import AUTOCAST_DTYPE, CODECS, CPU_BATCH, GPU_BATCH, Autocast, Layout
+from ferkd.label_plan import AUTOCAST_DTYPE, CODECS, CPU_BATCH, GPU_BATCH, Autocast, Layout, check_topk
 from ferkd.label_progress import in_bytes
 from ferkd.process import keep_freed_memory
 from ferkd.records import crop_bytes
@@ -55,6 +55,7 @@ class PlanSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name}: {value}; give a whole number of at least 1")
+        check_topk(self.topk)
         if self.rate is not None and not 0 < self.rate < float("inf"):
             raise InputError(f"rate: {self.rate}; give crops a second, above 0")
         if self.rate is not None and self.teacher is not None:

@@ -121,7 +121,8 @@ def preflight(
     class than the class list says.
 
     Refuses when top-1 is not a quarter of the way from guessing to perfect (within two standard errors), when another normalisation
-    gains 3 points and 3 standard errors, or when the folders' usual answers explain 20 points more than the class list. Warns when
+    gains 3 points and 3 standard errors, when the folders' usual answers explain 20 points more than the class list, or when it answers
+    probabilities instead of logits. Warns when
     confidence exceeds agreement by 15 points, over all crops or in a band of crop scale, and when a tenth of the probability goes to
     classes that have no folder, which a student would learn instead of those that have one.
 
@@ -137,6 +138,7 @@ def preflight(
     views, shown = run.views(split, chosen, size)
     targets = classes.class_of_folder[split.folder_of[shown]]
     logits = run.logits(views, teacher.preprocessing, share=0.25)
+    are_probabilities = bool((logits >= 0).all() and ((logits.double().sum(1) - 1).abs() < 1e-2).all())
     views, shown, targets = views[: len(logits)], shown[: len(logits)], targets[: len(logits)]
     right = run.answers(logits) == targets
     top1 = float(right.mean())
@@ -192,6 +194,11 @@ def preflight(
     warnings = [f"{', '.join(teacher.assumed)}: not given by {teacher.spec}, assumed {_assumptions(teacher)}"] if teacher.assumed else []
     agreement, sure = float(crop_right.mean()), float(confidence.mean())
     refusal = _verdict(top1, limit, len(shown), source, options, implausible, tried, teacher)
+    if are_probabilities:  # before all else: it explains flat labels, and answers that go elsewhere
+        refusal = (
+            f"{teacher.spec}: answers probabilities, where logits are wanted: its labels would be nearly flat; "
+            "take off its last softmax, or return their logarithm"
+        )
     if refusal is None:
         warnings += _overconfident(agreement, sure, bands)
         warnings += [elsewhere_line(elsewhere, len(here), options)] if elsewhere >= ELSEWHERE_SHARE else []

@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ferkd.durable import cache_folder, sync_folder
+from ferkd.durable import NO_SUCH_CALL, cache_folder, sync_folder
 from ferkd.errors import InputError, StoreError, one_line
 from ferkd.manifest import Manifest, Shard, file_sha256, read_manifest
 
@@ -302,6 +302,10 @@ def _alone(lock: Path, name: str) -> Iterator[None]:
         except BlockingIOError:
             _say(f"{name}: another process is fetching it; waiting")
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_SUCH_CALL:
+                raise
+            _say(f"{name}: {lock.parent} has no locks, so let one process fetch it alone, or set FERKD_CACHE to a local folder")
         yield
 
 

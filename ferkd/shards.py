@@ -70,12 +70,12 @@ class ShardRows(NamedTuple):
 class ShardWriter:
     """Writes shards of the labelling job of `plan` in the store's folder.
 
-    `job_key` marks units as this job's. `held_by`: where another process holds the store's lock, the token that must stand in it at every
-    write, or the job is over. Raises StoreError when nothing can be written, or when another process is at work on the same shard.
+    `job_key` marks units as this job's. `held_by`: the token that must stand in the store's lock at every write, or the job is over. Raises
+    StoreError when nothing can be written, or when another process is at work on the same shard.
     """
 
     def __init__(self, folder: Path, plan: StorePlan, job_key: int, held_by: str | None = None) -> None:
-        self.folder, self.plan, self._job_key, self._held_by = folder, plan, job_key, held_by
+        self.folder, self.plan, self._job_key, self.held_by = folder, plan, job_key, held_by
         self.shards = -(-len(plan.paths) // plan.shard_images)
         self._parts: dict[int, _Part] = {}
 
@@ -122,17 +122,22 @@ class ShardWriter:
     def _part(self, shard: int) -> _Part:
         return _Part(self.file(shard, ".part"), self._job_key, *self.range(shard))
 
-    def write_unit(self, shard: int, images: Sequence[LabelledImage]) -> None:
+    def write_unit(self, shard: int, images: Sequence[LabelledImage], first: int | None = None) -> None:
         """Appends the shard's next images: 64, or the shard's last ones. They are safe when this returns.
 
-        Raises InputError for another number of images or words of a wrong shape, and StoreError when nothing can be written; then
-        nothing of the unit counts as written.
+        `first`: the number of the first of them, to be checked. Raises InputError for another number of images or words of a wrong shape,
+        and StoreError when nothing can be written, or when it is not `first` that is missing; then nothing of the unit counts as written.
         """
         part = self._parts.get(shard)
         if part is None:
             if not 0 <= shard < self.shards or self.is_done(shard):
                 raise InputError(f"shard: {shard} is not missing; ask missing()")
             part = self._parts[shard] = self._part(shard)
+        if first is not None and first != part.next:
+            raise StoreError(
+                f"{part.path}: has the images before {part.next:,}, and was thought to have those before {first:,}: another process has "
+                "written to it meanwhile; start the same command again"
+            )
         wanted = min(UNIT_IMAGES, part.last + 1 - part.next)
         if len(images) != wanted:
             raise InputError(f"images: {len(images)}; the next unit of shard {shard} has {wanted}")
@@ -150,7 +155,7 @@ class ShardWriter:
         part.append(len(images), b"".join([*rows, *blocks, _failures_json(failures)]))
 
     def _check_held(self) -> None:
-        if self._held_by is not None and lock_token(self.folder / "lock") != self._held_by:
+        if self.held_by is not None and lock_token(self.folder / "lock") != self.held_by:
             raise StoreError(
                 f"{self.folder / 'lock'}: is no longer this job's: its first process has ended, or another job has begun; "
                 "what is labelled so far is kept: start the same command again to go on"

@@ -31,7 +31,13 @@ class Built:
     assumed: tuple[str, ...] = ()
 
 
-def build(spec: str, num_classes: int | None, pretrained: bool, input_size: int | None, drop_path_rate: float | None) -> Built:
+def build(
+    spec: str, num_classes: int | None, pretrained: bool, input_size: int | None, drop_path_rate: float | None, *, for_weights: bool = False
+) -> Built:
+    """The model of a SPEC. `for_weights`: to be given the library's own weights from a file, so built as the library builds it for them.
+
+    Raises InputError as load_model does.
+    """
     kind, _, name = spec.partition(":")
     if not name or kind not in ("timm", "torchvision", "python"):
         guess = f"run:{spec}" if os.path.exists(spec) else f"timm:{spec}" if spec and ":" not in spec else ""
@@ -42,7 +48,7 @@ def build(spec: str, num_classes: int | None, pretrained: bool, input_size: int 
     if drop_path_rate:
         raise InputError(f"drop_path_rate: {drop_path_rate} can be set for timm models only, not for {spec}")
     if kind == "torchvision":
-        return _build_torchvision(name, num_classes, pretrained)
+        return _build_torchvision(name, num_classes, pretrained, input_size, for_weights)
     return _call_python(spec, name, num_classes)
 
 
@@ -75,7 +81,11 @@ def _build_timm(name: str, num_classes: int | None, pretrained: bool, input_size
     return Built(model, preprocessing, None, assumed)
 
 
-def _build_torchvision(name: str, num_classes: int | None, pretrained: bool) -> Built:
+BUILT_FOR_WEIGHTS: dict[str, dict[str, Any]] = {"googlenet": {"transform_input": True}, "inception_v3": {"transform_input": True}}
+"""What torchvision tells models only where it loads their weights itself: these turn ImageNet's normalisation into their own."""
+
+
+def _build_torchvision(name: str, num_classes: int | None, pretrained: bool, input_size: int | None, for_weights: bool) -> Built:
     models = _import_library("torchvision.models", f"torchvision:{name}")
     if name not in models.list_models(module=models):
         near = difflib.get_close_matches(name, models.list_models(module=models), n=3, cutoff=0.6)
@@ -93,7 +103,10 @@ def _build_torchvision(name: str, num_classes: int | None, pretrained: bool) -> 
         if pretrained:
             model = models.get_model(name, weights=weights)
         else:
-            model = models.get_model(name, weights=None, num_classes=num_classes or len(categories))
+            own = dict(BUILT_FOR_WEIGHTS.get(name, {})) if for_weights else {}
+            if for_weights and name.startswith("vit_"):  # one size has its own positions
+                own["image_size"] = input_size or weights.meta["min_size"][0]
+            model = models.get_model(name, weights=None, num_classes=num_classes or len(categories), **own)
     except Exception as error:
         if pretrained:
             raise InputError(_no_download(f"torchvision:{name}", error)) from error

@@ -157,6 +157,7 @@ class StoreWriter:
                     raise StoreError(f"{self.path}: holds {others[0]!r} and is not a store; give a new or empty folder")
             (self.path / "shards").mkdir(parents=True, exist_ok=True)
         self._lock = JobLock(self.path / "lock")
+        self._shards.held_by = self._lock.token  # one that was suspended for long may have lost it to another job
         try:
             self._resume()
         except BaseException:
@@ -236,9 +237,9 @@ class StoreWriter:
         shards = self._shards
         return [(i, shards.next_image(i), shards.range(i)[1]) for i in range(shards.shards) if not shards.is_done(i)]
 
-    def write_unit(self, shard: int, images: Sequence[LabelledImage]) -> None:
+    def write_unit(self, shard: int, images: Sequence[LabelledImage], first: int | None = None) -> None:
         """Appends the shard's next images: see ShardWriter."""
-        self._shards.write_unit(shard, images)
+        self._shards.write_unit(shard, images, first)
 
     def finish_shard(self, shard: int) -> None:
         """Turns a shard whose units are all written into its file: see ShardWriter."""

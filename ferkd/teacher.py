@@ -74,10 +74,11 @@ def load_model(
 
     state, metadata = read_weights(weights) if weights is not None else (None, {})
     download = pretrained and state is None
-    built = build(spec, num_classes, download, input_size, None)
+    for_weights = state is not None and "ferkd_version" not in metadata
+    built = build(spec, num_classes, download, input_size, None, for_weights=for_weights)
     if state is not None:
         if num_classes is None and (classes := classes_in(state, built.model)) is not None and not spec.startswith("python:"):
-            built = build(spec, classes, False, input_size, None)
+            built = build(spec, classes, False, input_size, None, for_weights=for_weights)
         fit_state(built.model, state, str(weights))
         if "ferkd_version" in metadata:
             classes_json, preprocessing = read_metadata(metadata, str(weights))

@@ -20,7 +20,7 @@ import tyro
 from numpy.typing import NDArray
 
 from ferkd.crops import DECODER, RESAMPLER
-from ferkd.devices import choose_device, device_name, repeatable
+from ferkd.devices import choose_device, described_device, repeatable
 from ferkd.errors import InputError, StoreError
 from ferkd.label_plan import AUTOCAST_DTYPE
 from ferkd.process import keep_freed_memory
@@ -185,7 +185,7 @@ class _Recorded:
     def is_of_here(self, device: torch.device) -> bool:
         """Whether this machine and this software made the whole store."""
         return (
-            self.of("device") == {"type": device.type, "name": device_name(device)}
+            self.of("device") == described_device(device)
             and self._dict("software").get("torch") == torch.__version__
             and self.of("decoder") == DECODER
             and self.of("resampler") == RESAMPLER

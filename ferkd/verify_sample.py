@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ferkd.crops import Interpolation, decode, photo_crc, take_crop
+from ferkd.crops import Interpolation, decode, photo_crc, rgb_pixels, take_crop
 from ferkd.errors import InputError
 from ferkd.preflight import NORMALISATIONS
 from ferkd.preprocessing import Preprocessing
@@ -52,9 +52,9 @@ class SampledPhoto:
         return torch.stack([take_crop(photo, box, bool(flip), size, interpolation) for box, flip in zip(*self._boxes(), strict=True)])
 
     def cut_by_pillow(self, size: int, interpolation: Interpolation, apply_exif: bool) -> Tensor:
-        """The same crops by Pillow alone, decoding and resizing."""
+        """The same crops by Pillow alone, decoding and resizing; 16-bit greys, which its own conversion makes white, in our way."""
         with PIL.Image.open(io.BytesIO(self.data)) as file:
-            photo = (PIL.ImageOps.exif_transpose(file) if apply_exif else file).convert("RGB")
+            photo = PIL.Image.fromarray(rgb_pixels(PIL.ImageOps.exif_transpose(file) if apply_exif else file))
         cut = []
         for (left, top, width, height), flip in zip(*(array.tolist() for array in self._boxes()), strict=True):
             crop = photo.crop((left, top, left + width, top + height)).resize((size, size), PILLOW[interpolation])
@@ -74,7 +74,7 @@ def read_sample(
     as well. `read` is called for each. Raises StoreError for a damaged record.
     """
     random = np.random.default_rng(seed)
-    count = min(len(store), math.ceil(samples / CROPS_A_PHOTO))
+    count = min(len(store), math.ceil(samples / min(CROPS_A_PHOTO, store.crops)))
     chosen = set(random.choice(len(store), count, replace=False).tolist())
     each = min(store.crops, math.ceil(samples / count))
     for image in range(len(store)) if every_photo else sorted(chosen):

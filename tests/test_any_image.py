@@ -51,6 +51,7 @@ KINDS = {
     "palette": (encoded(grey.convert("P")), RAMP, 1),
     "CMYK JPEG": (encoded(picture.convert("CMYK"), "JPEG", quality=100, subsampling=0), COLOURS, 6),
     "16 bits PNG": (encoded(PIL.Image.fromarray(RAMP.astype(np.uint16) * 257)), RAMP, 0),
+    "16 bits PGM": (encoded(PIL.Image.fromarray(RAMP.astype(np.int32) * 257), "PPM"), RAMP, 0),
     "16 bits TIFF": (encoded(PIL.Image.fromarray(RAMP.astype(np.uint16) * 257), "TIFF"), RAMP, 0),
     "moving GIF": (encoded(grey, "GIF", save_all=True, append_images=[PIL.Image.fromarray(255 - RAMP)]), RAMP, 0),
     "moving WebP": (encoded(picture, "WEBP", lossless=True, save_all=True, append_images=[PIL.Image.fromarray(255 - COLOURS)]), COLOURS, 0),

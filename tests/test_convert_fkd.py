@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +16,14 @@ from photos import COLOURS, write_photos
 from PIL import Image
 from small_stores import files_of
 
+import ferkd.interop.conversion
+import ferkd.interop.fkd
 from ferkd.cli import main
 from ferkd.crops import CropSettings, draw_crops
 from ferkd.errors import InputError, StoreError
 from ferkd.interop.fkd import FkdSettings, convert_fkd, generator_name, trainer_name
 from ferkd.sources import scan_split
+from ferkd.store import LabelStore
 
 NAMES = [*COLOURS, *(f"other {i}" for i in range(CLASSES - 3))]
 
@@ -412,3 +416,29 @@ def test_an_interrupted_conversion_ends_byte_identical_and_takes_no_other_source
     convert_fkd(settings(photos, source, tmp_path / "store", names), told.append)
     assert any("64 of 150 images are there already" in line for line in told)
     assert files_of(tmp_path / "store") == files_of(whole.path)
+
+
+def test_photographs_and_labels_that_go_away_meanwhile_are_no_failed_images(
+    data: Path, names: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = Path(shutil.copytree(data, tmp_path / "data"))
+    source = write_labels(photos, tmp_path / "fkd", "smoothing")
+    whole = convert_fkd(settings(photos, source, tmp_path / "whole", names), lambda _: None)
+    store = tmp_path / "store"
+    for lost, says in (
+        (photos, "is no longer there as it was; bring it back and start the same command again: what is converted so far is kept"),
+        (source, "bring the labels back and start the same command again"),
+    ):
+        read = ferkd.interop.conversion.fill_store
+
+        def unplugged(*arguments: Any, lost: Path = lost, read: Any = read) -> LabelStore:
+            lost.rename(tmp_path / "gone")
+            found: LabelStore = read(*arguments)
+            return found
+
+        monkeypatch.setattr(ferkd.interop.conversion, "fill_store", unplugged)
+        with pytest.raises(InputError, match=says):
+            convert_fkd(settings(photos, source, store, names), lambda _: None)
+        monkeypatch.undo()
+        (tmp_path / "gone").rename(lost)
+    assert files_of(convert_fkd(settings(photos, source, store, names), lambda _: None).path) == files_of(whole.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -233,3 +234,17 @@ def test_the_command_says_which_flags_fkds_script_needs(data: Path, tmp_path: Pa
     counted = json.loads(said.out)
     assert counted["regions"]["discarded"] > 0
     assert counted["images"] + counted["left_out"] == len(store)
+
+
+def test_an_export_whose_photographs_went_away_keeps_what_it_wrote(data: Path, tmp_path: Path) -> None:
+    photos = Path(shutil.copytree(data, tmp_path / "data"))
+    store = write_store(photos, tmp_path / "store")
+    settings = ExportSettings(store.path, tmp_path / "fkd", data=photos)
+    export_fkd(settings, lambda _: None)
+    written = files_of(tmp_path / "fkd")
+    assert len(written) >= len(store)
+    photos.rename(tmp_path / "gone")
+    (photos / "train").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"is no longer there as it was; bring it back .*: what is written so far is kept"):
+        export_fkd(settings, lambda _: None)
+    assert {name for name in files_of(tmp_path / "fkd") if name.endswith(".tar")} == {name for name in written if name.endswith(".tar")}

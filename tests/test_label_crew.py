@@ -22,7 +22,7 @@ from PIL import Image
 from small_stores import files_of
 from tiny_teachers import GREYS
 
-from ferkd import cli, label_batches, label_crew, label_plan, labeling, store_writing
+from ferkd import cli, devices, label_batches, label_crew, labeling, store_writing
 from ferkd.errors import InputError, Stopped, StoreError
 from ferkd.label_crew import Crew, Task
 from ferkd.labeling import LabelSettings, label, plan_job
@@ -90,7 +90,7 @@ def _labeller(environment: dict[str, str], settings: LabelSettings, said: Path, 
     os.fsync = dying_fsync
     labeling.label_images = noted_images
     if "device" in orders:
-        label_plan.device_name = lambda _: orders["device"]
+        devices.device_name = lambda _: orders["device"]
     label_crew.BEAT_S = 0.1
     label_crew.SILENT_S = orders.get("silent", 60.0)
     command = ["label", "--data", str(settings.data), "--teacher", settings.teacher, "--out", str(settings.out), "--crops", str(CROPS)]

@@ -1,10 +1,12 @@
 """Labelling: a store holds what the teacher says of exactly its crops, whatever interrupts the work."""
 
 import dataclasses
+import errno
 import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from tiny_teachers import GREYS
 from ferkd import label_batches, label_plan, labeling, store_writing
 from ferkd.crops import take_crop
 from ferkd.errors import CheckFailed, InputError, Stopped, StoreError
-from ferkd.labeling import LabelSettings, label, plan_job
+from ferkd.labeling import LabelSettings, label, label_with_figures, plan_job
+from ferkd.plan import PlanSettings
 from ferkd.sources import read_photo
 from ferkd.sources.folders import FolderPhotos
 from ferkd.store import LabelStore, StoreWriter
@@ -440,7 +443,11 @@ def test_settings_that_make_no_sense_are_named(settings, change, message):
 
 def test_a_dry_run_estimates_and_writes_nothing(settings):
     said = []
-    assert label(dataclasses.replace(settings, dry_run=True), said.append) is None
+    store, figures = label_with_figures(dataclasses.replace(settings, dry_run=True), said.append)
+    assert store is None
+    assert figures["dry_run"]
+    assert figures["hours"] == figures["crops"] / figures["crops_per_second"] / 3600
+    assert figures["label_bytes"] > 0
     assert not settings.out.exists()
     assert said[-1].startswith("dry run: ")
     assert "so 1,232 crops take" in said[-1]
@@ -484,6 +491,58 @@ def test_photographs_that_go_away_meanwhile_are_no_failed_ones(settings, monkeyp
     gone.rename(settings.data)
     store = label(settings)
     assert not store.manifest.failed
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO, errno.EACCES, errno.ESTALE])
+def test_a_photograph_that_the_machine_cannot_read_is_no_failed_one(settings, monkeypatch, code):
+    """Too many open files, a network's hiccup, a ticket that ran out: recorded, they would be failures for good."""
+
+    def refusing(path, mode):
+        if path.endswith(("1.png", "1.jpg")):
+            raise OSError(code, os.strerror(code))
+        return open(path, mode)
+
+    monkeypatch.setattr("ferkd.sources.folders.open", refusing, raising=False)
+    with pytest.raises(InputError, match=rf"cannot be read here \({os.strerror(code)}\), which is no fault of the photograph; mend that"):
+        label(settings)
+    monkeypatch.undo()
+    assert not label(settings).manifest.failed
+
+
+def test_more_classes_than_the_loss_takes_are_not_stored(settings):
+    with pytest.raises(InputError, match="topk: 65, but a student can be trained on at most 64 classes a crop"):
+        dataclasses.replace(settings, topk=65)
+    with pytest.raises(InputError, match="topk: 65"):
+        PlanSettings(images=10, classes=100, topk=65)
+    dataclasses.replace(settings, topk=64)
+
+
+def test_a_cpus_threads_are_recorded(settings, tmp_path):
+    """Its sums depend on them in their last bits."""
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            store = label(dataclasses.replace(settings, out=tmp_path / str(threads), limit=8))
+            assert store.manifest.provenance["device"]["threads"] == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_tf32_may_have_been_set_by_its_newer_name():
+    """In a process of its own, since PyTorch does not let the two names be mixed afterwards."""
+    code = """
+import torch
+from ferkd.devices import repeatable
+matmul = torch.backends.cuda.matmul
+matmul.fp32_precision = "tf32"
+for wanted in (False, True):
+    with repeatable(wanted):
+        print(matmul.fp32_precision, end=" ")
+print(matmul.fp32_precision)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["ieee", "tf32", "tf32"], done.stderr
 
 
 def test_the_preflight_runs_once_for_a_store(settings, monkeypatch):

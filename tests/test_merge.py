@@ -13,6 +13,7 @@ from fkd_files import fkd_labels, write_fkd
 from photos import COLOURS, write_photos, write_store
 from PIL import Image
 from small_stores import files_of, make_store, small_plan
+from sources import write_shards
 
 from ferkd.cli import main
 from ferkd.crops import CropSettings, draw_crops, take_crop
@@ -20,7 +21,7 @@ from ferkd.errors import InputError, StoreError
 from ferkd.interop.fkd import FkdSettings, convert_fkd, generator_name
 from ferkd.labeling import LabelSettings, label
 from ferkd.merge import MergeSettings, average, merge
-from ferkd.sources import read_photo, scan_split
+from ferkd.sources import labelled_photos, read_photo, scan_split
 from ferkd.sources.folders import FolderPhotos
 from ferkd.store import LabelStore, PathTable
 from ferkd.teacher import load_teacher
@@ -299,3 +300,15 @@ def test_a_hostile_index_reaches_no_file_outside(data: Path, tmp_path: Path) -> 
         assert stopped.value.code == 2
     assert not (tmp_path / "0.tar").exists()
     assert not list(tmp_path.glob("out/**/*.tar"))
+
+
+def test_an_ensemble_of_tar_shards_is_one_of_tar_shards(data: Path, tmp_path: Path) -> None:
+    shards = f"wds:{write_shards(data, tmp_path / 'shards')}"
+    first = LabelSettings(shards, TEACHER, tmp_path / "first", crops=4, topk=2, skip_preflight=True)
+    label(first, lambda _: None)
+    label(dataclasses.replace(first, out=tmp_path / "second", crops=200, like=tmp_path / "first"), lambda _: None)
+    both = merged(tmp_path / "first", tmp_path / "second", tmp_path / "both")
+    assert both.manifest.provenance["source"] == LabelStore(tmp_path / "first").manifest.provenance["source"]
+    assert len(labelled_photos(shards, both).read(both.entry(0).path)) > 0
+    with pytest.raises(StoreError, match="tar shards"):
+        labelled_photos(data, both)

@@ -51,6 +51,13 @@ def test_a_good_teacher_passes_with_its_figures(greys):
     assert report.warnings == ()
 
 
+def test_a_teacher_that_answers_probabilities_is_refused(greys):
+    report = report_on(greys, "grey_with_softmax")
+    with pytest.raises(CheckFailed, match=r"grey_with_softmax: answers probabilities, where logits are wanted.*take off its last softmax"):
+        report.require()
+    report_on(greys, "grey_with_log_softmax").require()  # the same labels as from logits
+
+
 def test_without_val_it_looks_at_train_and_says_so(greys):
     assert "there is no val" in report_on(greys, "grey", val=False).source
 

@@ -451,6 +451,11 @@ def wrong_teacher() -> tuple[nn.Module, dict[str, object]]:
     return teacher, {**described, "mean": (0.9, 0.1, 0.1), "std": (0.1, 1.0, 1.0)}
 
 
+def softmax_teacher() -> tuple[nn.Module, dict[str, object]]:
+    teacher, described = colour_teacher()
+    return nn.Sequential(teacher, nn.Softmax(1)), described
+
+
 def test_a_run_of_another_teacher_is_not_resumed(photos: Path, tmp_path: Path) -> None:
     train(job(photos, tmp_path / "run", teacher=TEACHER, topk=2, skip_preflight=True))
     with pytest.raises(InputError, match="was made with teacher_input_size = 16, this command says 24"):

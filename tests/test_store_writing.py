@@ -1,11 +1,13 @@
 """Writing a store: killed at any moment it goes on, alone, and says clearly when it cannot."""
 
 import errno
+import fcntl
 import json
 import os
 import random
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -348,6 +350,72 @@ def test_a_fresh_lock_of_another_machine_is_respected_and_an_old_one_is_not(tmp_
     assert json.loads(lock.read_text())["host"] == "elsewhere"
     os.utime(lock, (time.time() - 100,) * 2)
     label(tmp_path)
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    """A file system such as Lustre without `-o flock`, or CIFS, which cannot sync folders either."""
+    real = os.fsync
+
+    def no_lock(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    def no_folders(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(fd)
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    monkeypatch.setattr(fcntl, "lockf", no_lock)
+    monkeypatch.setattr(os, "fsync", no_folders)
+
+
+def test_without_locks_a_running_labeller_is_respected_and_a_dead_one_is_not(tmp_path, no_locks):
+    label(tmp_path / "whole")
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        StoreWriter(tmp_path / "store", small_plan(IMAGES)).close()
+        lock = tmp_path / "store/lock"
+        lock.write_text(json.dumps({"host": socket.gethostname(), "pid": child.pid, "job": "another"}))
+        with pytest.raises(StoreError, match=rf"process {child.pid} on {socket.gethostname()} was at work on it \d+ s ago"):
+            StoreWriter(tmp_path / "store", small_plan(IMAGES))
+    finally:
+        child.kill()
+        child.wait()
+    label(tmp_path / "store")
+    assert files_of(tmp_path / "store") == files_of(tmp_path / "whole")
+
+
+def test_of_two_that_began_at_once_without_locks_one_goes_on(tmp_path, no_locks):
+    """Neither saw the other; the lock has the second one's token."""
+    first, second = (StoreWriter(tmp_path, small_plan(IMAGES)) for _ in range(2))
+    images = [labelled(first.plan, image) for image in range(64)]
+    with pytest.raises(StoreError, match="is no longer this job's"):
+        first.write_unit(0, images)
+    first.close()
+    write_missing(second)
+    assert len(LabelStore(tmp_path)) == IMAGES
+
+
+def test_a_labeller_whose_lock_was_taken_over_writes_nothing_and_leaves_the_lock(tmp_path):
+    """It was suspended for so long that another machine took it for dead."""
+    writer = StoreWriter(tmp_path, small_plan(IMAGES))
+    (tmp_path / "lock").write_text(json.dumps({"host": "elsewhere", "pid": 7, "job": "another"}))
+    with pytest.raises(StoreError, match="another job has begun"):
+        writer.write_unit(0, [labelled(writer.plan, image) for image in range(64)])
+    writer.close()
+    assert json.loads((tmp_path / "lock").read_text())["job"] == "another"
+    assert not list((tmp_path / "shards").glob("*.rows"))
+
+
+def test_images_are_never_written_in_the_place_of_others(tmp_path, two_unit_shards):
+    """What is missing was asked for, and another process wrote a unit before this one opened the shard."""
+    writer = StoreWriter(tmp_path, small_plan(IMAGES))
+    images = [labelled(writer.plan, image) for image in range(64)]
+    writer.write_unit(0, images, 0)
+    with pytest.raises(StoreError, match="has the images before 64, and was thought to have those before 0"):
+        writer.write_unit(0, images, 0)
+    writer.close()
 
 
 def test_a_labeller_keeps_its_lock_fresh(tmp_path, monkeypatch):

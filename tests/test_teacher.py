@@ -12,6 +12,7 @@ from torch import nn
 
 from ferkd.errors import InputError
 from ferkd.preprocessing import IMAGENET_MEAN, Preprocessing
+from ferkd.specs import build
 from ferkd.teacher import build_model, load_model, load_run, load_teacher
 from ferkd.weights import load_state, read_weights, save_weights, weights_sha256
 
@@ -170,6 +171,20 @@ def test_torchvision_models_bring_the_transforms_of_their_weights():
     loaded = load_model("torchvision:mobilenet_v3_small", pretrained=False)
     assert loaded.preprocessing == Preprocessing(224, IMAGENET_MEAN, (0.229, 0.224, 0.225), "bilinear", 0.875)
     assert loaded.class_names[217] == "English springer"
+
+
+def test_torchvision_models_are_built_for_their_weights_as_torchvision_builds_them(tmp_path, monkeypatch):
+    """googlenet and inception_v3 turn ImageNet's normalisation into their own; a student that learns from nothing does not."""
+    models = importlib.import_module("torchvision.models")
+    torch.save(models.get_model("googlenet", weights=None, init_weights=False).state_dict(), tmp_path / "googlenet.pth")
+    assert load_model("torchvision:googlenet", weights=tmp_path / "googlenet.pth").model.transform_input
+    asked = []
+    monkeypatch.setattr(models, "get_model", lambda name, **options: asked.append(options) or torch.nn.Identity())
+    for for_weights, size in ((True, None), (True, 224), (False, None)):
+        build("torchvision:vit_h_14", None, False, size, None, for_weights=for_weights)
+    assert [options.get("image_size") for options in asked] == [518, 224, None]
+    build("torchvision:inception_v3", None, False, None, None)
+    assert "transform_input" not in asked[-1]
 
 
 @pytest.mark.parametrize("spec", ["timm:resnet19", "torchvision:resnet19"])

@@ -14,6 +14,7 @@ from small_stores import make_store, small_plan
 from tiny_teachers import GREYS
 
 import ferkd.crops
+import ferkd.devices
 import ferkd.verify
 from ferkd import label_batches, label_plan
 from ferkd.cli import main
@@ -252,6 +253,34 @@ def test_a_decoder_or_resampler_that_works_otherwise_here_is_caught(made, photos
     assert verdict.measures["pixels_mean"] > 0.1
 
 
+def test_sixteen_bit_photographs_are_verified_as_they_were_labelled(photos, tmp_path):
+    """Pillow's own conversion makes them white."""
+    data = tmp_path / "data"
+    for i, level in enumerate(GREYS):
+        (data / f"train/g{i}").mkdir(parents=True)
+        for number in range(2):
+            pixels = np.clip(257 * (level + np.random.default_rng(number).normal(0, 20, (40, 50))), 0, 65535).astype(np.uint16)
+            Image.fromarray(pixels).save(data / f"train/g{i}/{number}.png")
+    label(label_settings(data, tmp_path / "store"), lambda _: None)
+    verdict = verified(tmp_path / "store", data)
+    assert verdict.passed, verdict.reasons()
+
+
+def test_as_many_crops_are_looked_at_as_were_asked_for(photos, tmp_path):
+    label(label_settings(photos, tmp_path / "store", crops=2), lambda _: None)
+    verdict = verify(VerifySettings(tmp_path / "store", photos, "python:tiny_teachers:grey", samples=100))
+    assert 98 <= verdict.measures["crops"] <= 100  # one photo has no labels
+
+
+def test_with_other_threads_a_store_is_judged_by_its_answers(made, photos):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 1)
+        assert check(verified(made, photos), "records").passed is None
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_photo_turned_by_exif_or_not_is_told(photos, tmp_path, monkeypatch):
     data = tmp_path / "data"
     for i in (0, 7):
@@ -278,7 +307,7 @@ def test_a_photo_turned_by_exif_or_not_is_told(photos, tmp_path, monkeypatch):
 
 
 def test_on_another_machine_limits_count_instead_of_bits(made, photos, monkeypatch):
-    monkeypatch.setattr(ferkd.verify, "device_name", lambda _: "another processor")
+    monkeypatch.setattr(ferkd.devices, "device_name", lambda _: "another processor")
     verdict = verified(made, photos)
     assert verdict.passed
     assert check(verdict, "records").passed is None

@@ -39,6 +39,14 @@ def grey() -> tuple[nn.Module, dict]:
     return GreyTeacher(), HALF
 
 
+def grey_with_softmax() -> tuple[nn.Module, dict]:
+    return nn.Sequential(GreyTeacher(), nn.Softmax(1)), HALF
+
+
+def grey_with_log_softmax() -> tuple[nn.Module, dict]:
+    return nn.Sequential(GreyTeacher(), nn.LogSoftmax(1)), HALF
+
+
 def vague() -> tuple[nn.Module, dict]:
     return GreyTeacher(20.0), HALF
 

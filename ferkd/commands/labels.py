@@ -20,7 +20,7 @@ def label(arguments: Sequence[str]) -> None:
     """Label crops of every photograph in DATA/train with a teacher and store its answers in a folder.
 
     May be stopped at any moment (also by kill -9) and started again: the finished store is the same, byte for byte. So it is from several
-    GPUs and machines that share the disk: torchrun --nproc-per-node 8 -m ferkd label ...
+    GPUs and machines that share the disk (on CPUs: with the same OMP_NUM_THREADS): torchrun --nproc-per-node 8 -m ferkd label ...
 
     Example:
       ferkd label --data photos --teacher timm:resnet50.a1_in1k --out labels --crops 200

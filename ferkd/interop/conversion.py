@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ferkd.classes import IMAGENET_VARIANTS, class_mapping, wordnet_ids
 from ferkd.crops import DECODER, RESAMPLER, CropSettings
-from ferkd.errors import InputError
+from ferkd.errors import InputError, SourceLost
 from ferkd.filling import evenly, fill_store, say_result
 from ferkd.interop.pickles import DamagedFile
 from ferkd.loss import MAX_K
@@ -191,10 +191,14 @@ def convert(settings: ConvertSettings, split: Split, classes: Classes, source: S
     def labelled(image: int) -> LabelledImage:
         path = split.paths[image]
         file = source.files(image)
+        if file is None and not settings.allow_failures:  # all had one when the work began
+            raise InputError(f"{split.name(image)}: {source.why_none(image)}; bring the labels back and start the same command again")
         if file is None:
             return LabelledImage(0, 0, 0, None, None, source.why_none(image))
         try:
             photo, crc = read_photo(split.photos, path, apply_exif=False)
+        except SourceLost as error:
+            raise InputError(f"{error.stops}: what is converted so far is kept") from error
         except InputError as error:
             return LabelledImage(0, 0, 0, None, None, str(error).removeprefix(f"{split.name(image)}: "))
         height, width = photo.shape[1:]

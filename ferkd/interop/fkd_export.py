@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ferkd.durable import naming_file, write_whole
-from ferkd.errors import InputError
+from ferkd.errors import InputError, SourceLost
 from ferkd.interop.fkd import FileNames, trainer_name
 from ferkd.regions import Region, RegionPolicy, confidence_of, region_of
 from ferkd.remote import refuse_url
@@ -237,6 +237,8 @@ def _unfit(labels: ImageLabels, photos: Photos | None, exif_applied: bool) -> st
         return None
     try:
         data = photos.read(labels.path)
+    except SourceLost as error:
+        raise InputError(f"{error.stops}: what is written so far is kept") from error
     except InputError as error:
         return str(error).removeprefix(f"{photos.name(labels.path)}: ")
     try:

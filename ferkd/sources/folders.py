@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ferkd.errors import InputError, SourceLost
+from ferkd.errors import ABOUT_THE_FILE, InputError, SourceLost
 from ferkd.sources import IMAGE_EXTENSIONS, Kind, Split, SplitName
 from ferkd.store import PathTable
 
@@ -52,6 +52,8 @@ class FolderPhotos:
             with open(name, "rb") as file:
                 return file.read()
         except OSError as error:
+            if error.errno not in ABOUT_THE_FILE:
+                raise SourceLost(f"{name}: cannot be read: {error.strerror}", name, error.strerror or "") from error
             folder = os.path.dirname(name)
             if not os.path.isdir(folder):
                 raise SourceLost(f"{name}: cannot be read: {error.strerror}", folder) from error

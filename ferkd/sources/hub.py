@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ferkd.classes import ClassNumbers, some
-from ferkd.errors import InputError, SourceLost, one_line
+from ferkd.errors import ABOUT_THE_FILE, InputError, SourceLost, one_line
 from ferkd.sources import Kind, Split, SplitName
 from ferkd.sources.classes import classes_of
 from ferkd.store import PathTable
@@ -230,6 +230,8 @@ class HubPhotos:
                     return file.read()
         except OSError as error:
             text = f"{self.name(path)}: cannot be read: {error.strerror or one_line(error)}"
+            if error.errno is not None and error.errno not in ABOUT_THE_FILE:
+                raise SourceLost(text, error.filename or self.name(path), error.strerror or one_line(error)) from error
             folder = os.path.dirname(error.filename or "")
             if folder and not os.path.isdir(folder):
                 raise SourceLost(text, folder) from error
