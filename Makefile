@@ -38,7 +38,7 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 
 # As many processes as cores, each with one thread and whole files of tests: PyTorch's threads would fight over the cores otherwise. Training
 # and labelling are tested on the CPU, whose bits can be compared, also where there is a GPU; the loss's backends then once more on it.
-GPU_TESTS := tests/test_cuda_*.py tests/test_loss.py tests/test_loss_input.py tests/test_ops.py tests/test_triton_loss.py
+GPU_TESTS := tests/test_cuda_*.py tests/test_loss.py tests/test_loss_any.py tests/test_loss_input.py tests/test_ops.py tests/test_triton_loss.py
 test: $(VENV)/.dev
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST)
 	@if $(BIN)/python -c "import torch; raise SystemExit(not torch.cuda.is_available())"; then \
@@ -66,7 +66,7 @@ sanitize: $(VENV)/.dev
 	FERKD_CUDA=0 FERKD_SANITIZE=address,undefined $(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize-objects
 	cp ferkd/*.py build/sanitize/ferkd/ && cp -r kernels build/sanitize/ferkd/
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		../../$(BIN)/python -m pytest -p no:cacheprovider ../../tests/test_sanitized.py ../../tests/test_loss.py ../../tests/test_loss_input.py \
+		../../$(BIN)/python -m pytest -p no:cacheprovider ../../tests/test_sanitized.py ../../tests/test_loss.py ../../tests/test_loss_any.py ../../tests/test_loss_input.py \
 		-k "(cpu or instruction_set or half_types or beside_it or sanitized) and not rows_digits"
 
 clean:

@@ -59,7 +59,7 @@ def eager_sparse(logits: Tensor, ids: Tensor, probs: Tensor, target: Tensor, pol
     deltas = v - beta
     even = policy.smoothing / (classes - 1)
     first = torch.zeros(k, device=logits.device)
-    first[0] = 1.0 - policy.smoothing - even
+    first[0].fill_(1.0 - policy.smoothing - even)  # an assignment would wait for a GPU
     ids = torch.where(calibrated, target[:, None], ids)
     deltas = torch.where(calibrated, first, deltas)
     beta = torch.where(calibrated, even, beta)[:, 0]

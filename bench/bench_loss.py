@@ -161,12 +161,15 @@ def measure(cell: Cell, device: torch.device, seconds: float, *, compiled: bool)
             key = key_of(variant)
             if key in calls and variant.capturable:
                 try:
-                    graphs[key] = timing.graph_seconds(calls[key], min(max(len(sets), 2), 20))
+                    graphs[key] = timing.graph_seconds(
+                        calls[key], max(len(sets), 2)
+                    )  # all sets, or replays would find them in the L2 cache
                 except Exception as error:
                     missing["graph_ms of " + " ".join(key)] = str(error).strip().splitlines()[0]
 
     medians = {key: statistics.median(values) for key, values in times.items()}
     copy, copy_graph = ("copy", "torch", "half"), graphs.get(("copy", "torch", "half"))
+    neg = ("neg", "torch", "half")  # on a GPU the least kernel that moves the same bytes
     ferkd = next((key for key in medians if key[0] == "ferkd"), None)
     traffic = 2 * sets[0].logits.numel() * sets[0].logits.element_size()
     rows = []
@@ -192,6 +195,8 @@ def measure(cell: Cell, device: torch.device, seconds: float, *, compiled: bool)
                 "times_ferkd": f"{medians[key] / medians[ferkd]:.3f}" if ferkd else "",
                 "graph_ms": f"{graphs[key] * 1e3:.4f}" if key in graphs else "",
                 "graph_share": f"{copy_graph / graphs[key]:.3f}" if copy_graph and key in graphs else "",
+                "share_of_kernel": f"{medians[neg] / medians[key]:.3f}" if neg in medians else "",
+                "graph_share_of_kernel": f"{graphs[neg] / graphs[key]:.3f}" if neg in graphs and key in graphs else "",
                 "peak_mb": f"{peaks[key] / 1e6:.3f}",
                 "launches": "",
                 "calls": len(times[key]),
@@ -246,8 +251,9 @@ def print_rows(rows: list[Row]) -> None:
 
 
 def print_summary(rows: list[Row]) -> None:
-    """One line a cell: what the budgets of docs/design.md ask, shares of the limit and how many times the others take."""
-    print(f"\n{'shape':>11} {'dtype':>8}  copy ms; share of the limit (in a graph); times ferkd")
+    """One line a cell: what the budgets of docs/design.md ask, shares of the limit (and of the least kernel) and how many times the others
+    take."""
+    print(f"\n{'shape':>11} {'dtype':>8}  copy ms; share of the limit (in a graph; of a kernel that copies, in a graph); times ferkd")
     for cell in dict.fromkeys((row["batch"], row["classes"], row["dtype"]) for row in rows):
         plain = [row for row in rows if (row["batch"], row["classes"], row["dtype"]) == cell and row["setting"] in ("half", "upstream")]
         figures = [f"copy {next(row['median_ms'] for row in plain if row['variant'] == 'copy')};"]
@@ -255,12 +261,22 @@ def print_summary(rows: list[Row]) -> None:
             if row["variant"] in ("kernel", "ferkd", "ferkd_compiled") and (row["variant"] == "ferkd_compiled") == (
                 row["setting"] != "half"
             ):
-                graph = f" ({float(row['graph_share']):.2f})" if row["graph_share"] else ""
+                graph = f" ({float(row['graph_share']):.2f}; {row['graph_share_of_kernel'] or '-'})" if row["graph_share"] else ""
                 figures.append(f"{row['variant']} {row['backend']} {float(row['share_of_limit']):.2f}{graph}")
         figures[-1] += ";"
         others = (row for row in plain if row["variant"] in OTHERS_SHOWN and row["times_ferkd"])
         figures += [f"{OTHERS_SHOWN[row['variant']]} x{float(row['times_ferkd']):.1f}" for row in others]
         print(f"{cell[0]:>4}x{cell[1]:<6} {cell[2]:>8} ", " ".join(figures))
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """The table, whole or as it was."""
+    aside = path.with_suffix(".tmp")
+    with open(aside, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    aside.replace(path)
 
 
 OTHERS_SHOWN = {"fkd": "fkd", "eager_dense": "dense", "compiled_sparse": "compiled", "hard_labels": "hard", "liger": "liger"}
@@ -285,6 +301,9 @@ def main() -> None:
     cells = list(TINY_CELLS if settings.tiny else CPU_CELLS if device.type == "cpu" else GPU_CELLS)
     compiled = not settings.no_compile
 
+    folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"loss-{machine.file_name(device)}.csv"
     print(", ".join(f"{name} {value}" for name, value in facts(device).items()))
     print_heading()
     rows: list[Row] = []
@@ -297,23 +316,23 @@ def main() -> None:
             missing[f"{cell} and what follows it"] = f"the {settings.seconds:.0f} s are over"
             break
         weights = [3.0 if other.compiled and compiled else 1.0 for other in cells[i:]]
-        cell_rows, cell_missing = measure(cell, device, left * weights[0] / sum(weights), compiled=compiled)
+        try:
+            cell_rows, cell_missing = measure(cell, device, left * weights[0] / sum(weights), compiled=compiled)
+        except RuntimeError as error:  # out of memory, for one: the other cells are worth having
+            missing[str(cell)] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            continue
         print_rows(cell_rows)
         rows += cell_rows
         missing |= cell_missing
         measured.append(cell)
-    if device.type == "cuda":
+        write_rows(path, rows)  # after each cell: whoever ends this early has what was measured
+    if device.type == "cuda" and rows:
         count_launches(measured, rows, device, settings.seconds * 0.15, compiled=compiled)
+        write_rows(path, rows)
     for name, reason in missing.items():
         print(f"left out: {name}: {reason}")
-
-    folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"loss-{machine.file_name(device)}.csv"
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    if not rows:
+        raise SystemExit("nothing could be measured")
     print(f"wrote {path}")
     print_summary(rows)
 

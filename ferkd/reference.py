@@ -176,6 +176,7 @@ def loss(
         check_data(ids, probs, target, partner, lam, classes)
     # Where nobody checks (a GPU without validate=True) a wrong id or partner must not reach memory: it makes its row NaN instead.
     astray = ((ids < 0) | (ids >= classes)).any(dim=1) | (target < 0) | (target >= classes)
+    own_target = target  # one that is no class is never hit
     ids, target = ids.clamp(0, classes - 1), target.clamp(0, classes - 1)
 
     label = adapt(ids, probs, target, classes=classes, policy=policy, temperature=temperature, tail=tail)
@@ -218,7 +219,7 @@ def loss(
         return Answer(value, grad, logits.new_empty(0, dtype=torch.int8), logits.new_empty(0, dtype=torch.bool), value.new_empty(0))
     ids_C = torch.arange(classes, device=logits.device)
     top1 = torch.where(d == 0, ids_C, classes).amin(dim=1)  # lowest id wins a tie
-    return Answer(value, grad, label.region, (top1 == target) & ~log_sum.isnan(), (largest[:, 0] + log_sum).to(wide))
+    return Answer(value, grad, label.region, (top1 == own_target) & ~log_sum.isnan(), (largest[:, 0] + log_sum).to(wide))
 
 
 def check_data(ids: Tensor, probs: Tensor, target: Tensor, partner: Tensor | None, lam: Tensor | None, classes: int) -> None:

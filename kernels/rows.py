@@ -218,8 +218,7 @@ def loss_rows(
     log_sum = _log1p(rest + (largest - 1.0))
     if correct is not None:
         tl.store(logsumexp + row, m / temperature + log_sum)
-        own_target = tl.minimum(tl.maximum(tl.load(target + row), 0), classes - 1)
-        tl.store(correct + row, ((top1 == own_target) & (log_sum == log_sum)).to(tl.int8))
+        tl.store(correct + row, ((top1 == tl.load(target + row)) & (log_sum == log_sum)).to(tl.int8))
 
     # Pass 2: the gradient of the base.
     if grad is not None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ferkd import Region, RegionPolicy, ops
+from ferkd import Region, RegionPolicy, ferkd_loss, ops
 from ferkd.records import pack_labels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -161,3 +161,10 @@ class OpsRun(TorchDispatchMode):
         if function.namespace == "ferkd":
             self.names.append(function._opname)
         return function(*args, **(kwargs or {}))
+
+
+def loss_and_gradient(x, labels, target, **settings):
+    x = x.detach().requires_grad_()
+    loss = ferkd_loss(x, labels, target, **settings)
+    (gradient,) = torch.autograd.grad(loss.sum(), x)
+    return loss.detach(), gradient

@@ -8,10 +8,10 @@ from pathlib import Path
 import cuda_on_cpu
 import pytest
 import torch
-from loss_cases import CUDA, DEVICE, POLICY, assert_close, labels, logits, oracle, random, words_of
+from loss_cases import CUDA, DEVICE, IMPLS, POLICY, assert_close, labels, logits, oracle, random, words_of
 
 from bench.timing import launches
-from ferkd import Records, Region, RegionPolicy, ferkd_loss, ops
+from ferkd import Records, Region, RegionPolicy, ferkd_loss, ops, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -124,6 +124,23 @@ def test_without_validation_wrong_data_make_their_own_row_nan_and_touch_no_other
     assert ferkd_loss(x, (ids, probs), target, mix=mix, impl=impl).isnan(), "a mean over wrong labels must not look right"
     with pytest.raises(ValueError, match=r"row 2"):
         ferkd_loss(x, (ids, probs), target, mix=mix, impl=impl, validate=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_target_that_is_no_class_is_never_right(impl, monkeypatch):
+    """Not by its lower 32 bits either, nor as the class that memory is read at in its place."""
+    monkeypatch.setattr(reference, "check_data", lambda *_: None)
+    ids, probs, target = labels(4, 10, 3)
+    x = logits(4, 10)
+    x[:, 3], x[1, 0] = 50.0, 60.0
+    x[2, 9] = 60.0
+    target[:] = torch.tensor([2**32 + 3, -100, 2**40, 3])
+    if impl == "cpu":  # which checks
+        with pytest.raises(ValueError, match="row 0"):
+            ferkd_loss(x, (ids, probs), target, impl=impl, stats=True)
+        return
+    _, stats = ferkd_loss(x, (ids, probs), target, impl=impl, stats=True)
+    assert stats.correct.tolist() == [False, False, False, True]
 
 
 @pytest.mark.parametrize("impl", [CUDA])
