@@ -41,6 +41,7 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # without a network it tells of every attempt; the last one's error is one line
     is_first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes the first tells, the others only warn
     logging.basicConfig(level=logging.INFO if is_first else logging.WARNING, format="%(message)s", stream=sys.stderr)
     if not arguments or arguments[0] in ("-h", "--help"):

@@ -76,7 +76,7 @@ class LabelSettings:
     batch_size: int | None = None
     """Crops that the teacher sees at once; part of the store's identity. Default: 32 on a CPU, 256 on a GPU."""
     teacher_weights: Path | None = None
-    """Local weights: .safetensors, or a .pth that holds tensors only."""
+    """Local weights: .safetensors, or a .pth or training checkpoint of timm's (model_best.pth.tar) that holds no code."""
     skip_preflight: bool = False
     """Label even if the teacher's answers look wrong."""
     device: str | None = None

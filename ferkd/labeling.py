@@ -51,8 +51,8 @@ def label_with_figures(settings: LabelSettings, say: Callable[[str], None] = to_
 
     Under torchrun all processes share the work; the first returns what came of it, the others None. `say` gets every line meant for
     people, in the first process alone. Raises InputError for wrong settings, data or teacher, and when the teacher answers NaN; CheckFailed
-    when the preflight refuses; StoreError for a store that is another's, in use or cannot be written; Stopped on SIGTERM, everything
-    so far being safe, and when another process stopped or failed. A photo that cannot be decoded is recorded as failed and named at
+    when the preflight refuses; StoreError for a store that is another's, in use or cannot be written; Stopped on SIGTERM or Ctrl-C,
+    everything so far being safe, and when another process stopped or failed. A photo that cannot be decoded is recorded as failed and named at
     the end, and stops nothing.
     """
     with joined_crew() as crew:
@@ -68,7 +68,7 @@ def label_with_figures(settings: LabelSettings, say: Callable[[str], None] = to_
                 say("preflight: skipped" if settings.skip_preflight else "preflight: not repeated, since this store was begun already")
             else:
                 _check_teacher(job, say)
-        with repeatable(settings.tf32), cores_for_decoding(job.device), _stopping_on_sigterm(crew.stop):
+        with repeatable(settings.tf32), cores_for_decoding(job.device), _stopping(crew.stop):
             if settings.dry_run:
                 figures = _measure(job, crew, say)
                 return Labelled(None, figures) if crew.leads else None
@@ -243,13 +243,20 @@ def _stopped_text(job: Job, crew: Crew, total: int) -> str:
 
 
 @contextlib.contextmanager
-def _stopping_on_sigterm(stop: threading.Event) -> Iterator[None]:
-    """Within the block SIGTERM only asks to stop. Elsewhere than in the main thread signals are the caller's."""
+def _stopping(stop: threading.Event) -> Iterator[None]:
+    """Within the block SIGTERM and Ctrl-C only ask to stop; a second Ctrl-C interrupts at once. Elsewhere than in the main thread signals
+    are the caller's."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+
+    def ask(*_: object) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -13,6 +13,7 @@ from ferkd import process
 from ferkd.crops import Interpolation
 from ferkd.data import CropBatch, CropView, StoredCrops, loaded, training_loader
 from ferkd.errors import InputError
+from ferkd.mixing import MixedRows, Mixing, draw_mixing
 from ferkd.photos import DecodedPhotos, DecodedSource, LabelledPhotos, check_same_photos
 from ferkd.records import Records
 from ferkd.regions import RegionPolicy
@@ -76,7 +77,7 @@ class CropLoader:
             photos = DecodedPhotos(photos, self.usable, max(1, self.workers))
         self._crops = StoredCrops(photos, self.store, self.usable, policy, CropView(size, interpolation), seed)
         self._sampler = StreamSampler(self._stream, first_step, self._stream.total_steps, rank, world_size)
-        self.epochs_a_step = batch_size / images
+        self.epochs_a_step, self.seed, self.size = batch_size / images, seed, size
 
     def __len__(self) -> int:
         """The steps that iterating yields."""
@@ -85,6 +86,20 @@ class CropLoader:
     def __iter__(self) -> Iterator[CropBatch]:
         """CropBatches: pixels uint8 [B, 3, S, S], label words int32 [B, W], target int64 [B]; pinned where there is a GPU."""
         return loaded(training_loader(self._crops, self._sampler, self.workers, pin_memory=torch.cuda.is_available()))
+
+    def crops_per_image(self, step: int) -> int:
+        """How many crops of each image a step's batch holds: 1 in the last epochs."""
+        return self._stream.crops_per_image(step)
+
+    def draw_mixing(self, step: int, mixing: Mixing) -> MixedRows | None:
+        """Partners, weights and boxes for a step's batch, as `ferkd train` draws them, keyed by (seed, step); None when nothing is mixed.
+
+        They are for mix_pixels(pixels, mixed) and ferkd_loss(..., mix=(mixed.partner, mixed.lam)), on the CPU. Raises InputError for a mix
+        group that does not divide this process's images of a step.
+        """
+        crops, sampler = self.crops_per_image(step), self._sampler
+        images = self._stream.batch_size // crops // sampler.world
+        return draw_mixing(mixing, self.seed, step, self._stream.first_slot(step) + sampler.rank * images, images, crops, self.size)
 
     def records(self, batch: CropBatch, device: torch.device | str | None = None) -> Records:
         """A batch's labels as ferkd_loss takes them, moved to `device`."""

@@ -193,7 +193,7 @@ def _import_library(name: str, spec: str) -> Any:
 def _no_download(spec: str, error: Exception) -> str:
     return (
         f"{spec}: its pretrained weights could not be fetched ({type(error).__name__}: {one_line(error)}); "
-        "download them where there is a network and pass the file with --teacher-weights FILE"
+        "download them where there is a network and pass the file with --teacher-weights FILE (for a student: --init FILE)"
     )
 
 

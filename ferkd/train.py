@@ -216,8 +216,8 @@ def _student(job: Job, task: Task, ranks: Ranks) -> tuple[nn.Module, Preprocessi
         crop_pct=config.eval_crop_pct or preprocessing.crop_pct,
         interpolation=config.interpolation or preprocessing.interpolation,
     )
-    if job.init:
-        load_state(model, job.init)
+    if job.init and (said := load_state(model, job.init, new_last_layer=True)):
+        job.say(said)
     outputs = count_outputs(model, preprocessing.input_size, job.student, "--image-size")
     if outputs != len(task.classes):
         raise InputError(

@@ -38,7 +38,9 @@ LIMITS = {"none": (1e-4, 0.99), "tf32": (5e-4, 0.98), "fp16": (1e-3, 0.98), "bf1
 """By the teacher's precision: the largest mean KL and the least agreement of the first answer. `others`: labels converted from those of
 other people, who rounded boxes and decoded photos in their own way."""
 
-PIXELS_MEAN, PIXELS_MOST = 0.1, 4  # levels between our pixels and Pillow's
+# Between our pixels and Pillow's, in levels: on average, and the share of values that may be further away than so many. The two round
+# between their passes in different order: bilinear that is 2 levels, but bicubic 10 or more at an edge, which clipping makes larger.
+PIXELS_MEAN, PIXELS_FAR, PIXELS_FAR_SHARE = 0.1, 4, 1e-3
 PIXEL_PHOTOS = 16
 CAUSE_PHOTOS = 96
 NAMES_SHOWN = 5
@@ -304,10 +306,11 @@ def _pixels_check(photos: list[SampledPhoto], asking: Asking, measures: dict[str
         theirs = photo.cut_by_pillow(how.input_size, how.interpolation, asking.apply_exif)
         differences.append((ours.short() - theirs.short()).abs().flatten())
     levels = torch.cat(differences)
-    mean, most = float(levels.double().mean()), int(levels.max())
-    measures |= {"pixels_mean": mean, "pixels_largest": float(most)}
-    wanted = f"mean at most {PIXELS_MEAN}, largest {PIXELS_MOST}"
-    return Check("pixels, beside Pillow's", f"mean {mean:.3f} levels, largest {most}", wanted, mean <= PIXELS_MEAN and most <= PIXELS_MOST)
+    mean, far, most = float(levels.double().mean()), float((levels > PIXELS_FAR).double().mean()), int(levels.max())
+    measures |= {"pixels_mean": mean, "pixels_far": far, "pixels_largest": float(most)}
+    found = f"mean {mean:.3f} levels, {far:.2%} above {PIXELS_FAR}, largest {most}"
+    wanted = f"mean at most {PIXELS_MEAN}, {PIXELS_FAR_SHARE:.1%} above {PIXELS_FAR}"
+    return Check("pixels, beside Pillow's", found, wanted, mean <= PIXELS_MEAN and far <= PIXELS_FAR_SHARE)
 
 
 def _answer_checks(measures: Mapping[str, float], recorded: _Recorded, device: torch.device) -> Iterator[Check]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -22,7 +23,7 @@ from ferkd.preprocessing import Preprocessing
 log = logging.getLogger(__name__)
 
 RUN_WEIGHTS = ("best.safetensors", "last.safetensors")
-PICKLED_WEIGHTS = (".pth", ".pt", ".th", ".bin")
+PICKLED_WEIGHTS = (".pth", ".pt", ".th", ".bin", ".tar")
 
 
 def save_weights(
@@ -102,7 +103,8 @@ def weights_sha256(model: nn.Module) -> str:
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A weights file's tensors by name, and its metadata (safetensors only; otherwise empty).
 
-    Reads .safetensors, and .pth/.pt/.th/.bin with weights_only=True: tensors, never code. A training checkpoint is unwrapped
+    Reads .safetensors, and .pth/.pt/.th/.bin/.pth.tar with weights_only=True: tensors and plain values (and the argparse.Namespace that
+    timm's checkpoints hold), never code. A training checkpoint is unwrapped
     (state_dict, model, or their exponential moving average, which is preferred) and prefixes of DDP and torch.compile removed.
     Raises InputError naming the file.
     """
@@ -118,7 +120,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix not in PICKLED_WEIGHTS:
         raise InputError(f"{path}: unknown kind of weights file; ferkd reads .safetensors and {', '.join(PICKLED_WEIGHTS)}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # which has no code of its own; timm saves its arguments as one
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path}: holds more than tensors, and ferkd never unpickles code. Where you trust it, save its weights alone: "
@@ -143,9 +146,21 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return _without_prefixes(state), {}
 
 
-def load_state(model: nn.Module, path: Path) -> None:
-    """Loads a weights file (see read_weights) into the model. Raises InputError when anything is missing, left over or of another shape."""
-    fit_state(model, read_weights(path)[0], str(path))
+def load_state(model: nn.Module, path: Path, *, new_last_layer: bool = False) -> str | None:
+    """Loads a weights file (see read_weights) into the model.
+
+    `new_last_layer`: weights of the same network for another number of classes are taken but for those that depend on that number, which
+    stay as the model has them; returns the line that says so. Raises InputError when anything is missing, left over or of another shape.
+    """
+    state = read_weights(path)[0]
+    classes = classes_in(state, model) if new_last_layer else None
+    if classes is None:
+        fit_state(model, state, str(path))
+        return None
+    own = model.state_dict()
+    left = [name for name in state if state[name].shape != own[name].shape]
+    fit_state(model, {name: own[name] if name in left else tensor for name, tensor in state.items()}, str(path))
+    return f"{path}: is for {classes:,} classes, the student has {_last_rows(model):,}: {few(left)} begin anew, the rest is taken"
 
 
 def fit_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

@@ -15,6 +15,7 @@ from photos import write_photos, write_store
 
 from ferkd import CropLoader, RegionPolicy
 from ferkd.errors import InputError
+from ferkd.mixing import Mixing, draw_mixing
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,6 +55,26 @@ def test_timm_loop(work: Path) -> None:
     seen = losses(work, "timm_loop.py", *OURS, "--model", "test_vit", "--epochs", "8", "--out", "vit.pth")
     assert all(0 < loss < 10 for loss in seen)
     timm.create_model("test_vit", num_classes=3, checkpoint_path=str(work / "vit.pth"))
+    seen = losses(work, "timm_loop.py", *OURS, "--model", "test_vit", "--epochs", "4", "--mix", "mixup_cutmix", "--out", "mixed.pth")
+    assert all(0 < loss < 10 for loss in seen)
+
+
+def test_the_loader_draws_what_ferkd_train_draws(work: Path) -> None:
+    """One process's rows are those of all, whatever the number of processes."""
+    options = {"size": 16, "batch_size": 24, "epochs": 4, "crops_per_image": 2, "seed": 3, "workers": 0}
+    mixing = Mixing("mixup_cutmix", mix_group=3)
+    alone = CropLoader(work / "photos", work / "labels", **options)  # type: ignore[arg-type]
+    both = [CropLoader(work / "photos", work / "labels", rank=rank, world_size=2, **options) for rank in range(2)]  # type: ignore[arg-type]
+    assert [alone.crops_per_image(step) for step in range(len(alone))] == [2, 2, 2, 1]
+    for step, batch in enumerate(alone):
+        mixed, shares = alone.draw_mixing(step, mixing), [loader.draw_mixing(step, mixing) for loader in both]
+        assert mixed is not None
+        assert len(mixed.lam) == len(batch.target) == 24
+        assert torch.equal(mixed.lam, torch.cat([share.lam for share in shares if share is not None]))
+        crops = alone.crops_per_image(step)
+        expected = draw_mixing(mixing, 3, step, alone._stream.first_slot(step), 24 // crops, crops, 16)
+        assert all(torch.equal(a, b) for a, b in zip(mixed, expected, strict=True))  # type: ignore[arg-type]
+    assert alone.draw_mixing(0, Mixing()) is None
 
 
 @pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed")

@@ -207,24 +207,25 @@ def test_a_store_killed_again_and_again_gets_finished(settings, uninterrupted):
     assert contents(settings.out) == uninterrupted
 
 
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("patience", [1e9, 0.0])
-def test_sigterm_stops_and_the_same_command_goes_on(settings, uninterrupted, monkeypatch, patience):
+def test_sigterm_or_ctrl_c_stops_and_the_same_command_goes_on(settings, uninterrupted, monkeypatch, patience, asked):
     small_shards(monkeypatch)
     monkeypatch.setattr(labeling, "STOP_SECONDS", patience)  # long: the unit is finished first; none: it is given up
-    before = signal.getsignal(signal.SIGTERM)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     sent = []
     answer = label_batches.answer_logits
 
     def terminate_once(*arguments):
         sent.append(0)
         if len(sent) == 30:  # of 63: in the second unit
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), asked)
         return answer(*arguments)
 
     monkeypatch.setattr(label_batches, "answer_logits", terminate_once)
     with pytest.raises(Stopped, match=r"stopped after \d+ of 1,232 crops; start the same command again"):
         label(settings)
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     assert len(sent) == (30 if patience == 0.0 else 45)
     said = []
     label(settings, said.append)

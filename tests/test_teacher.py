@@ -1,5 +1,6 @@
 """Loading teachers and students: what a SPEC may be, where preprocessing comes from, weights that fit, weights that do not."""
 
+import argparse
 import importlib
 import itertools
 import json
@@ -392,3 +393,46 @@ def test_a_read_only_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match=r"last.safetensors: cannot be written"):
         save_weights(tmp_path / "file/last.safetensors", nn.Linear(1, 1), "python:a:b", ["a"], Preprocessing())
+
+
+def test_a_training_checkpoint_of_timm_is_read_and_one_with_code_is_not(tmp_path):
+    """timm's train.py saves its arguments, an argparse.Namespace, beside the weights."""
+    net = build_model("timm:test_resnet", num_classes=3)[0]
+    arguments = argparse.Namespace(model="test_resnet", lr=0.1, opt_betas=None, names=["a"])
+    checkpoint = {
+        "epoch": 3,
+        "arch": "test_resnet",
+        "state_dict": net.state_dict(),
+        "optimizer": {"state": {}},
+        "args": arguments,
+        "metric": 0.5,
+    }
+    torch.save(checkpoint, tmp_path / "model_best.pth.tar")
+    loaded = load_model("timm:test_resnet", num_classes=3, weights=tmp_path / "model_best.pth.tar")
+    assert weights_sha256(loaded.model) == weights_sha256(net)
+
+    class Code:
+        def __reduce__(self):
+            return exec, ("raise SystemExit('ran')",)
+
+    checkpoint["args"] = argparse.Namespace(model=Code())
+    torch.save(checkpoint, tmp_path / "hostile.pth.tar")
+    with pytest.raises(InputError, match="hostile.pth.tar: holds more than tensors"):
+        read_weights(tmp_path / "hostile.pth.tar")
+
+
+def test_weights_of_other_classes_are_taken_but_for_the_last_layer(tmp_path):
+    old, new = (build_model("timm:test_resnet", num_classes=classes)[0] for classes in (7, 3))
+    torch.save(old.state_dict(), tmp_path / "seven.pth")
+    before = {name: value.clone() for name, value in new.state_dict().items()}
+    with pytest.raises(InputError, match="the file is for 7 classes, the model has 3"):
+        load_state(new, tmp_path / "seven.pth")
+    said = load_state(new, tmp_path / "seven.pth", new_last_layer=True)
+    assert said == f"{tmp_path / 'seven.pth'}: is for 7 classes, the student has 3: fc.weight, fc.bias begin anew, the rest is taken"
+    for name, value in new.state_dict().items():
+        assert torch.equal(value, before[name] if name.startswith("fc.") else old.state_dict()[name]), name
+    torch.save(new.state_dict(), tmp_path / "three.pth")
+    assert load_state(new, tmp_path / "three.pth", new_last_layer=True) is None
+    torch.save({**old.state_dict(), "conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="these are the weights of another architecture"):
+        load_state(new, tmp_path / "other.pth", new_last_layer=True)

@@ -266,6 +266,21 @@ def test_sixteen_bit_photographs_are_verified_as_they_were_labelled(photos, tmp_
     assert verdict.passed, verdict.reasons()
 
 
+def test_sharp_photographs_pass_with_a_bicubic_teacher(tmp_path):
+    """There single values are ten levels from Pillow's, and nearer to exact arithmetic as often as further from it."""
+    data, random = tmp_path / "data", np.random.default_rng(0)
+    for i, level in enumerate(GREYS):
+        (data / f"train/g{i}").mkdir(parents=True)
+        for number in range(3):
+            edges = np.kron(random.integers(0, 2, (24, 24, 3)), np.ones((5, 5, 1))) * 255  # patches of full contrast
+            Image.fromarray(np.clip(0.5 * edges + level - 64, 0, 255).astype(np.uint8)).save(data / f"train/g{i}/{number}.png")
+    label(label_settings(data, tmp_path / "store", teacher="python:tiny_teachers:grey_bicubic", input_size=48), lambda _: None)
+    verdict = verified(tmp_path / "store", data, "grey_bicubic")
+    assert verdict.passed, verdict.reasons()
+    assert verdict.measures["pixels_largest"] > 4
+    assert verdict.measures["same_records"] == 1.0
+
+
 def test_as_many_crops_are_looked_at_as_were_asked_for(photos, tmp_path):
     label(label_settings(photos, tmp_path / "store", crops=2), lambda _: None)
     verdict = verify(VerifySettings(tmp_path / "store", photos, "python:tiny_teachers:grey", samples=100))

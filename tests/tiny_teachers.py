@@ -39,6 +39,10 @@ def grey() -> tuple[nn.Module, dict]:
     return GreyTeacher(), HALF
 
 
+def grey_bicubic() -> tuple[nn.Module, dict]:
+    return GreyTeacher(), {**HALF, "interpolation": "bicubic"}
+
+
 def grey_with_softmax() -> tuple[nn.Module, dict]:
     return nn.Sequential(GreyTeacher(), nn.Softmax(1)), HALF
 

@@ -41,7 +41,8 @@ class TrainSettings:
     pretrained: bool = False
     """Start from the library's pretrained weights."""
     init: Path | None = None
-    """Start from these weights (.safetensors, or .pth that holds only tensors)."""
+    """Start from these weights (.safetensors, or a .pth or training checkpoint of timm's that holds no code). Those of another number of
+    classes are taken but for the last layer."""
     resume: Literal["never", "auto", "must"] = "never"
     """A run in --out: `never` refuses it, `auto` (or --resume alone) goes on with it if there is one, `must` refuses to begin one."""
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
@@ -83,7 +84,7 @@ class EvalSettings:
     data: DataFlag
     """Folder with val/CLASS/*; or wds:DIR, tar shards; or hf:NAME, a Hugging Face dataset (see ferkd label --help)."""
     weights: Path | None = None
-    """Weights of a ferkd run (.safetensors), or the run's folder."""
+    """Weights of a ferkd run (.safetensors), or the run's folder: its best.safetensors, which was chosen on val, else last.safetensors."""
     teacher: str | None = None
     """Instead of weights, a model: timm:NAME, torchvision:NAME, run:DIR or python:MODULE:CALLABLE."""
     teacher_weights: Path | None = None
@@ -126,8 +127,9 @@ def evaluate(arguments: Sequence[str]) -> None:
         model = load_teacher(settings.teacher, settings.teacher_weights, settings.input_size)
     accuracy = evaluate_model(model, settings.data, settings.batch_size, settings.workers)
     if output.json:
-        print(json.dumps(accuracy._asdict()))
+        print(json.dumps({"model": model.spec, **accuracy._asdict()}))
     else:
+        print(model.spec.removeprefix("run:") + ("   (the run's best, chosen on val)" if model.spec.endswith("/best.safetensors") else ""))
         left_out = f"   {accuracy.unreadable:,} could not be read" if accuracy.unreadable else ""
         print(f"{accuracy.images:,} images{left_out}   top-1 {accuracy.top1:.2%}   top-5 {accuracy.top5:.2%}")
         print(f"top-1 among the folders' own classes {accuracy.top1_folders:.2%}")
