@@ -52,8 +52,8 @@ def label_with_figures(settings: LabelSettings, say: Callable[[str], None] = to_
     Under torchrun all processes share the work; the first returns what came of it, the others None. `say` gets every line meant for
     people, in the first process alone. Raises InputError for wrong settings, data or teacher, and when the teacher answers NaN; CheckFailed
     when the preflight refuses; StoreError for a store that is another's, in use or cannot be written; Stopped on SIGTERM or Ctrl-C,
-    everything so far being safe, and when another process stopped or failed. A photo that cannot be decoded is recorded as failed and named at
-    the end, and stops nothing.
+    everything so far being safe, and when another process stopped or failed. A photo that cannot be decoded is recorded as failed and
+    named at the end, and stops nothing.
     """
     with joined_crew() as crew:
         if not crew.leads:

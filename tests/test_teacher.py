@@ -417,7 +417,7 @@ def test_a_training_checkpoint_of_timm_is_read_and_one_with_code_is_not(tmp_path
 
     checkpoint["args"] = argparse.Namespace(model=Code())
     torch.save(checkpoint, tmp_path / "hostile.pth.tar")
-    with pytest.raises(InputError, match="hostile.pth.tar: holds more than tensors"):
+    with pytest.raises(InputError, match=r"hostile.pth.tar: holds more than tensors"):
         read_weights(tmp_path / "hostile.pth.tar")
 
 
