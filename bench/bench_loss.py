@@ -161,9 +161,8 @@ def measure(cell: Cell, device: torch.device, seconds: float, *, compiled: bool)
             key = key_of(variant)
             if key in calls and variant.capturable:
                 try:
-                    graphs[key] = timing.graph_seconds(
-                        calls[key], max(len(sets), 2)
-                    )  # all sets, or replays would find them in the L2 cache
+                    # Of all sets: replays of a few would find them in the L2 cache.
+                    graphs[key] = timing.graph_seconds(calls[key], max(len(sets), 2))
                 except Exception as error:
                     missing["graph_ms of " + " ".join(key)] = str(error).strip().splitlines()[0]
 

@@ -104,13 +104,14 @@ class JobLock:
         self.token = secrets.token_hex(8)
         host = socket.gethostname()
         with naming_file(path):
+            locked = True
             while True:
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError as error:
                     if error.errno in NO_SUCH_CALL:
-                        self._fd = fd
+                        locked = False
                         break
                     holder = _holder(os.pread(fd, 4096, 0))
                     os.close(fd)
@@ -125,7 +126,7 @@ class JobLock:
                 except FileNotFoundError:
                     pass
                 os.close(fd)  # its holder removed it just now: the lock is on a file that has no name any more
-        locked, self._fd = self._fd < 0, fd
+        self._fd = fd
         try:
             self._check_unseen(host, locked)
             text = json.dumps({"host": host, "pid": os.getpid(), "job": self.token}).encode()

@@ -16,7 +16,7 @@ from ferkd.devices import choose_device, described_device
 from ferkd.errors import InputError
 from ferkd.filling import evenly
 from ferkd.like import images_of, same_classes
-from ferkd.loss import MAX_K
+from ferkd.loss import check_topk
 from ferkd.process import keep_freed_memory
 from ferkd.records import BoxCodec, LabelCodec
 from ferkd.remote import refuse_url
@@ -31,12 +31,6 @@ Autocast = Literal["none", "bf16", "fp16"]
 AUTOCAST_DTYPE = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 CPU_BATCH, GPU_BATCH = 32, 256
-
-
-def check_topk(topk: int | None) -> None:
-    """Raises InputError for more classes a crop than the loss takes: they would be stored for nothing."""
-    if topk is not None and topk > MAX_K:
-        raise InputError(f"topk: {topk}, but a student can be trained on at most {MAX_K} classes a crop; choose at most that many")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,12 @@ _LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _KEEP_ALL = RegionPolicy()
 
 
+def check_topk(topk: int | None) -> None:
+    """Raises InputError for more classes a crop than the loss takes: they would be stored for nothing."""
+    if topk is not None and topk > MAX_K:
+        raise InputError(f"topk: {topk}, but a student can be trained on at most {MAX_K} classes a crop; choose at most that many")
+
+
 class LossStats(NamedTuple):
     """What the loss saw on its way, one value a row, not differentiable."""
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from ferkd.errors import InputError
-from ferkd.label_plan import AUTOCAST_DTYPE, CODECS, CPU_BATCH, GPU_BATCH, Autocast, Layout, check_topk
+from ferkd.label_plan import AUTOCAST_DTYPE, CODECS, CPU_BATCH, GPU_BATCH, Autocast, Layout
 from ferkd.label_progress import in_bytes
+from ferkd.loss import check_topk
 from ferkd.process import keep_freed_memory
 from ferkd.records import crop_bytes
 from ferkd.store import images_a_shard

@@ -53,7 +53,7 @@ def available_memory() -> int:
     found = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with contextlib.suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        found = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        found = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), found)
     for folder, limit, used in (("", "memory.max", "memory.current"), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes")):
         with contextlib.suppress(OSError, ValueError):  # the other version of cgroups, or `max`: no limit
             group = Path(CGROUP, folder)

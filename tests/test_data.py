@@ -247,7 +247,7 @@ def test_cached_val_images_are_the_views_and_have_to_fit(photos: Path, monkeypat
     task = plan_task(Job(photos, "python:photos:tiny_net", photos / "run", TrainConfig()), Ranks())
     seen = Preprocessing(16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bilinear", 1.0)
     plain, cached = task.views(seen, False, 2), task.views(seen, True, 2)
-    assert len(plain) == len(cached) == 12  # type: ignore[arg-type]
+    assert len(plain) == len(cached) == 12
     for number in range(12):
         pixels, target, image = cached[number]
         assert torch.equal(pixels, plain[number][0])

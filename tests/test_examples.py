@@ -63,8 +63,8 @@ def test_the_loader_draws_what_ferkd_train_draws(work: Path) -> None:
     """One process's rows are those of all, whatever the number of processes."""
     options = {"size": 16, "batch_size": 24, "epochs": 4, "crops_per_image": 2, "seed": 3, "workers": 0}
     mixing = Mixing("mixup_cutmix", mix_group=3)
-    alone = CropLoader(work / "photos", work / "labels", **options)  # type: ignore[arg-type]
-    both = [CropLoader(work / "photos", work / "labels", rank=rank, world_size=2, **options) for rank in range(2)]  # type: ignore[arg-type]
+    alone = CropLoader(work / "photos", work / "labels", **options)
+    both = [CropLoader(work / "photos", work / "labels", rank=rank, world_size=2, **options) for rank in range(2)]
     assert [alone.crops_per_image(step) for step in range(len(alone))] == [2, 2, 2, 1]
     for step, batch in enumerate(alone):
         mixed, shares = alone.draw_mixing(step, mixing), [loader.draw_mixing(step, mixing) for loader in both]
@@ -73,7 +73,7 @@ def test_the_loader_draws_what_ferkd_train_draws(work: Path) -> None:
         assert torch.equal(mixed.lam, torch.cat([share.lam for share in shares if share is not None]))
         crops = alone.crops_per_image(step)
         expected = draw_mixing(mixing, 3, step, alone._stream.first_slot(step), 24 // crops, crops, 16)
-        assert all(torch.equal(a, b) for a, b in zip(mixed, expected, strict=True))  # type: ignore[arg-type]
+        assert all(torch.equal(a, b) for a, b in zip(mixed, expected, strict=True))
     assert alone.draw_mixing(0, Mixing()) is None
 
 

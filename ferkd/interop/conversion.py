@@ -18,7 +18,7 @@ from ferkd.crops import DECODER, RESAMPLER, CropSettings
 from ferkd.errors import InputError, SourceLost
 from ferkd.filling import evenly, fill_store, say_result
 from ferkd.interop.pickles import DamagedFile
-from ferkd.loss import MAX_K
+from ferkd.loss import check_topk
 from ferkd.records import pack_boxes, pack_labels
 from ferkd.sources import Split, read_photo, scan_split
 from ferkd.store import LabelledImage, LabelStore, StorePlan
@@ -162,10 +162,7 @@ def convert(settings: ConvertSettings, split: Split, classes: Classes, source: S
             f"{settings.source}: no labels for {len(missing):,} of {images:,} images ({shown}{' ...' if len(missing) > 3 else ''}); "
             "complete the label files, or record these images as failed with --allow-failures"
         )
-    if source.k > MAX_K:
-        raise InputError(
-            f"topk: {source.k}, but a student can be trained on at most {MAX_K} classes a crop; choose --topk {MAX_K} or fewer"
-        )
+    check_topk(source.k)
     plan = StorePlan(
         paths=split.paths,
         targets=classes.targets(split),
